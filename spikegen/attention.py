@@ -1,0 +1,122 @@
+"""Temporal-channel joint attention (TCJA) and its ablations, on a whole spike train."""
+
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor, nn
+
+from spikegen.spec import Spec, UserError
+
+Fusion = Literal["product", "sum"]
+
+
+class TCJASpec(Spec):
+    """Both branches, fused by product (the paper's CCF) or by sum (its ablation); kernels are the paper's K_T, K_C.
+
+    The published code crosses the two kernel names: its `kernel_size_t` is `kernel_c` here and its `kernel_size_c` is
+    `kernel_t`.
+    """
+
+    kind: Literal["tcja"] = "tcja"
+    kernel_t: int = Field(4, ge=1)
+    kernel_c: int = Field(4, ge=1)
+    fusion: Fusion = "product"
+    causal: bool = False
+
+    def build(self, num_steps: int, channels: int) -> "TCJA":
+        """The module for spike trains of `num_steps` steps and `channels` channels."""
+        return TCJA(num_steps, channels, self.kernel_t, self.kernel_c, fusion=self.fusion, causal=self.causal)
+
+
+class TLASpec(Spec):
+    """The temporal branch alone."""
+
+    kind: Literal["tla"] = "tla"
+    kernel_t: int = Field(4, ge=1)
+    causal: bool = False
+
+    def build(self, num_steps: int, channels: int) -> "TCJA":
+        """The module for spike trains of `num_steps` steps and `channels` channels."""
+        return TCJA(num_steps, channels, self.kernel_t, None, causal=self.causal)
+
+
+class CLASpec(Spec):
+    """The channel branch alone."""
+
+    kind: Literal["cla"] = "cla"
+    kernel_c: int = Field(4, ge=1)
+    causal: bool = False
+
+    def build(self, num_steps: int, channels: int) -> "TCJA":
+        """The module for spike trains of `num_steps` steps and `channels` channels."""
+        return TCJA(num_steps, channels, None, self.kernel_c, causal=self.causal)
+
+
+Attention = Annotated[TCJASpec | TLASpec | CLASpec, Field(discriminator="kind")]
+
+
+class TCJA(nn.Module):
+    """Y[t,c] = X[t,c] sigmoid(T[c,t] C[c,t]): a gate for every channel at every step (arXiv 2206.10177, section 1.1).
+
+    Squeeze Z[c,t] = mean of X[t,c] over space; TLA, a convolution of Z along time, mixing channels; CLA, a convolution
+    of Z along channels, mixing steps. Both zero-padded to the same length; an even kernel pads one more on the right,
+    as PyTorch does, so that K_T = 4 looks one step back and two ahead. `causal` looks at no later step: the time
+    kernel is padded on the left alone, and CLA's mixing of steps is kept to n <= j.
+
+    Without `kernel_t` (or `kernel_c`) that branch is left out and the other one goes to the sigmoid alone.
+    """
+
+    mask: Tensor
+
+    def __init__(
+        self,
+        num_steps: int,
+        channels: int,
+        kernel_t: int | None = 4,
+        kernel_c: int | None = 4,
+        *,
+        fusion: Fusion = "product",
+        causal: bool = False,
+    ):
+        super().__init__()
+        if kernel_t is None and kernel_c is None:
+            raise UserError("TCJA needs kernel_t, kernel_c or both; got neither")
+        self.num_steps, self.channels, self.fusion, self.causal = num_steps, channels, fusion, causal
+        self.tla = nn.Conv1d(channels, channels, kernel_t, bias=False) if kernel_t else None
+        self.cla = nn.Conv1d(num_steps, num_steps, kernel_c, bias=False) if kernel_c else None
+        steps = torch.ones(num_steps, num_steps, 1)
+        self.register_buffer("mask", steps.tril() if causal else steps, persistent=False)
+
+    def forward(self, x: Float[Tensor, "T B C *hw"]) -> Float[Tensor, "T B C *hw"]:
+        """The gated spike train; UserError when its steps or channels are not those that the block was built for."""
+        if x.shape[0] != self.num_steps or x.shape[2] != self.channels:
+            raise UserError(
+                f"TCJA was built for T={self.num_steps} steps and C={self.channels} channels, "
+                f"but the spike train has T={x.shape[0]} and C={x.shape[2]}"
+            )
+        gate = self.gate(x)
+        return x * gate.reshape(*gate.shape, *(1,) * (x.dim() - 3))
+
+    def gate(self, x: Float[Tensor, "T B C *hw"]) -> Float[Tensor, "T B C"]:
+        """F of the paper's equation, in (0, 1)."""
+        z = x.flatten(3).mean(-1) if x.dim() > 3 else x
+        maps = []
+        if self.tla is not None:
+            kernel = self.tla.weight.shape[-1]
+            ahead = 0 if self.causal else kernel // 2
+            maps.append(F.conv1d(F.pad(z.permute(1, 2, 0), (kernel - 1 - ahead, ahead)), self.tla.weight).permute(2, 0, 1))
+        if self.cla is not None:
+            kernel = self.cla.weight.shape[-1]
+            right = kernel // 2
+            padded = F.pad(z.transpose(0, 1), (kernel - 1 - right, right))
+            maps.append(F.conv1d(padded, self.cla.weight * self.mask).transpose(0, 1))
+        if len(maps) == 1:
+            return maps[0].sigmoid()
+        return (maps[0] * maps[1] if self.fusion == "product" else maps[0] + maps[1]).sigmoid()
+
+    def extra_repr(self) -> str:
+        """The parts that the sub-modules do not show."""
+        return f"num_steps={self.num_steps}, channels={self.channels}, fusion={self.fusion}, causal={self.causal}"

@@ -1,0 +1,155 @@
+"""The whole experiment as one object: model, data, training and scoring, from a preset or a YAML file."""
+
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field
+
+from spikegen.data import DataSpec
+from spikegen.spec import Spec, UserError, parse, suggest
+from spikegen.storage import user_mistakes
+from spikegen.vae import ModelConfig
+
+Rate = Annotated[float, Field(gt=0, lt=1)]
+
+
+class LossesConfig(Spec):
+    """The weights of the loss: reconstruction (1) + prior + classification + firing rate."""
+
+    prior: Literal["mmd", "kl"] = "mmd"
+    prior_weight: float = Field(1.0, ge=0)
+    psp_tau: float = Field(2.0, ge=1)
+    """Time constant of the post-synaptic potentials that `mmd` compares, in steps."""
+    classification: Annotated[float, Field(gt=0)] | None = 0.1
+    """Weight of the head's cross-entropy; null trains without a head."""
+    firing_rate: float = Field(0.0, ge=0)
+    firing_rate_target: float = Field(0.2, ge=0, le=1)
+
+
+class TrainingConfig(Spec):
+    """How it is trained. Intervals are in images seen."""
+
+    epochs: float = Field(10, gt=0)
+    batch_size: int = Field(128, ge=1)
+    lr: float = Field(1e-3, gt=0)
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup: float = Field(0.02, ge=0, lt=1)
+    """Part of the training during which the learning rate rises from 0."""
+    weight_decay: float = Field(1e-3, ge=0)
+    betas: tuple[Rate, Rate] = (0.9, 0.999)
+    clip: Annotated[float, Field(gt=0)] | None = 1.0
+    """Largest norm of the gradient."""
+    ema: float = Field(0.999, ge=0, lt=1)
+    """Decay of the averaged weights, which are what is saved; 0 saves the last ones."""
+    seed: int = Field(0, ge=0)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    losses: LossesConfig = LossesConfig()
+    log_every: int = Field(2_000, ge=1)
+    checkpoint_every: int = Field(60_000, ge=1)
+    """Images between checkpoints, each with a sample grid and an evaluation on test images."""
+    evaluate: int = Field(1_000, ge=0)
+    """Test images in an evaluation."""
+    keep_checkpoints: int = Field(2, ge=1)
+    tensorboard: bool = True
+
+
+class ScoringConfig(Spec):
+    """How it is scored; `extractor` null is `cnn` where the package ships one for the data, else `inception`."""
+
+    extractor: str | None = None
+    metrics: tuple[Literal["fid", "fid_floor", "is", "kid", "mse", "accuracy"], ...] = Field(
+        ("fid", "fid_floor", "is", "mse", "accuracy"), min_length=1
+    )
+    num: int = Field(5_000, ge=2)
+    seed: int = Field(0, ge=0)
+    batch_size: int = Field(250, ge=1)
+
+
+class Config(Spec):
+    """What `config.yaml` holds."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataSpec
+    training: TrainingConfig = TrainingConfig()
+    scoring: ScoringConfig = ScoringConfig()
+
+
+def load_config(name: str | Path, overrides: Sequence[str] | Mapping[str, Any] = ()) -> Config:
+    """A preset by name or a YAML file by path, with overrides as `KEY=VALUE` strings or a {key: value} mapping.
+
+    Keys are dotted (`training.epochs`, `model.stages.0.channels`); values of strings are YAML. UserError names the
+    preset or file, the key and the nearest right one.
+    """
+    values, source = _read(str(name))
+    pairs = overrides.items() if isinstance(overrides, Mapping) else [_split(o) for o in overrides]
+    for key, value in pairs:
+        _set(values, key, value)
+    config = parse(Config, values, source)
+    if config.training.losses.classification is None and config.model.head is not None:
+        config = config.model_copy(update={"model": config.model.model_copy(update={"head": None})})
+    return config
+
+
+def dump_config(config: Config) -> str:
+    """The resolved YAML, which `load_config` reads back as an equal config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=110)
+
+
+def presets() -> dict[str, str]:
+    """Every preset's name and its one-line description, which is the first comment of its file."""
+    files = sorted(resources.files("spikegen.configs").iterdir(), key=lambda f: f.name)
+    yamls = [f for f in files if f.name.endswith(".yaml")]
+    return {f.name.removesuffix(".yaml"): f.read_text("utf-8").splitlines()[0].lstrip("# ") for f in yamls}
+
+
+def _read(name: str) -> tuple[dict[str, Any], str]:
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml") or path.is_file():
+        with user_mistakes("read", path):
+            text = path.read_text(encoding="utf-8")
+    elif name in presets():
+        text = (resources.files("spikegen.configs") / f"{name}.yaml").read_text("utf-8")
+    else:
+        raise UserError(f"{name} is neither a preset nor a YAML file; {suggest(name, list(presets()))}")
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{name}: not YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{name}: a config is a mapping with the sections model, data, training, scoring")
+    return values, name
+
+
+def _split(override: str) -> tuple[str, Any]:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"--set {override}: write KEY=VALUE, such as training.epochs=2")
+    try:
+        return key, yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"--set {override}: the value is not YAML") from None
+
+
+def _set(values: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    here: Any = values
+    for part in parents:
+        if isinstance(here, list):
+            here = here[_index(here, part, key)]
+        elif here.get(part) is None:
+            here[part] = {}
+            here = here[part]
+        else:
+            here = here[part]
+        if not isinstance(here, dict | list):
+            raise UserError(f"--set {key}: {part} is {here!r}, which has no keys of its own")
+    here[_index(here, last, key) if isinstance(here, list) else last] = value
+
+
+def _index(items: list[Any], part: str, key: str) -> int:
+    if not part.isdecimal() or int(part) >= len(items):
+        raise UserError(f"--set {key}: {part!r} is no place in a list of {len(items)}; use 0 to {len(items) - 1}")
+    return int(part)

@@ -1,0 +1,21 @@
+"""Random numbers that belong to one image: a function of (seed, image index), whatever the batch or the device."""
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def uniform_per_image(
+    seed: int, first: int, count: int, shape: tuple[int, ...], device: torch.device | str = "cpu"
+) -> Float[Tensor, "T {count} *rest"]:
+    """Numbers in [0, 1) of `shape` = (T, *rest) for each of the images first .. first+count-1, stacked on axis 1.
+
+    Philox is counter-based and keyed by both numbers, so no two images share a stream (torch's CPU generator keeps
+    32 bits of its seed, of which 50,000 images would soon collide).
+    """
+    rows = [
+        np.random.Generator(np.random.Philox(key=np.array([seed % 2**64, k], np.uint64))).random(shape, np.float32)
+        for k in range(first, first + count)
+    ]
+    return torch.from_numpy(np.stack(rows, axis=1)).to(device)

@@ -1,0 +1,88 @@
+"""Images to the first layer's input over time: direct, rate and latency coding."""
+
+from typing import Annotated, Literal
+
+import torch
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor, nn
+
+from spikegen.spec import Spec
+
+
+class DirectSpec(Spec):
+    """The image itself at every step; the first stage turns it into spikes (FSVAE, MA-SNN)."""
+
+    kind: Literal["direct"] = "direct"
+
+    def build(self, num_steps: int) -> "Direct":
+        """The module for `num_steps` steps."""
+        return Direct(num_steps)
+
+
+class RateSpec(Spec):
+    """A Bernoulli spike at every step with the pixel's brightness as its probability."""
+
+    kind: Literal["rate"] = "rate"
+
+    def build(self, num_steps: int) -> "Rate":
+        """The module for `num_steps` steps."""
+        return Rate(num_steps)
+
+
+class LatencySpec(Spec):
+    """One spike a pixel, the earlier the brighter; black pixels never fire."""
+
+    kind: Literal["latency"] = "latency"
+
+    def build(self, num_steps: int) -> "Latency":
+        """The module for `num_steps` steps."""
+        return Latency(num_steps)
+
+
+Encoding = Annotated[DirectSpec | RateSpec | LatencySpec, Field(discriminator="kind")]
+
+
+class _Encoding(nn.Module):
+    static = False  # whether every step is the same, so that the first convolution is needed once, not T times
+
+    def __init__(self, num_steps: int):
+        super().__init__()
+        self.num_steps = num_steps
+
+
+class Direct(_Encoding):
+    """See DirectSpec."""
+
+    static = True
+
+    def forward(
+        self, image: Float[Tensor, "B C H W"], uniform: Float[Tensor, "T B C H W"] | None = None
+    ) -> Float[Tensor, "T B C H W"]:
+        """`image` in [-1, 1], repeated without a copy."""
+        return image.expand(self.num_steps, *image.shape)
+
+
+class Rate(_Encoding):
+    """See RateSpec."""
+
+    def forward(
+        self, image: Float[Tensor, "B C H W"], uniform: Float[Tensor, "T B C H W"] | None = None
+    ) -> Float[Tensor, "T B C H W"]:
+        """Spikes of `image` in [-1, 1]; `uniform` numbers in [0, 1) fix the draw, else it is a new one."""
+        if uniform is None:
+            uniform = torch.rand(self.num_steps, *image.shape, device=image.device)
+        return (uniform < (image + 1) / 2).to(image.dtype)
+
+
+class Latency(_Encoding):
+    """See LatencySpec."""
+
+    def forward(
+        self, image: Float[Tensor, "B C H W"], uniform: Float[Tensor, "T B C H W"] | None = None
+    ) -> Float[Tensor, "T B C H W"]:
+        """Spikes of `image` in [-1, 1]: white fires at the first step, the darkest visible at the last."""
+        brightness = (image + 1) / 2
+        when = ((1 - brightness) * self.num_steps).floor().clamp(max=self.num_steps)  # black: never
+        steps = torch.arange(self.num_steps, device=image.device).view(-1, 1, 1, 1, 1)
+        return (steps == when).to(image.dtype)

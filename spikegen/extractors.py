@@ -1,0 +1,224 @@
+"""Feature networks for scoring: the FID Inception and a small classifier per data set.
+
+An extractor takes uint8 images [N, 3, H, W] of any size (grey ones repeated to three channels), does its own
+resize and normalisation, and says in `settings()` which ones, so that a score can be compared with another.
+"""
+
+import hashlib
+import io
+import sys
+from dataclasses import dataclass
+from http.client import HTTPException
+from importlib import resources
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+from jaxtyping import Float, UInt8
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
+
+from spikegen.data import resize, to_model
+from spikegen.spec import UserError, suggest
+from spikegen.storage import user_mistakes
+
+CNN_SIZES = {"digits": 16, "mnist": 32, "fashion_mnist": 32}
+"""The data sets that have a shipped classifier, and the image size it was trained at, in pixels."""
+
+
+@dataclass(frozen=True)
+class Features:
+    """What an extractor sees in N images: `features`, and class `logits` where it has classes."""
+
+    features: Float[Tensor, "N d"]
+    logits: Float[Tensor, "N k"] | None
+
+
+class Extractor(nn.Module):
+    """A fixed feature network, in eval mode, without gradients; subclasses are final."""
+
+    def __init__(self, name: str, dim: int, resizing: str, antialias: bool):
+        super().__init__()
+        self.name, self.dim = name, dim
+        self.resizing, self.antialias = resizing, antialias
+        self.weights_sha256 = ""
+
+    def forward(self, images: UInt8[Tensor, "N 3 H W"]) -> Features:
+        """Features (and logits) of uint8 images of any one size."""
+        raise NotImplementedError
+
+    def settings(self) -> dict[str, str | int | bool]:
+        """What has to agree before two scores compare: name, weights' hash, resize, antialias, dim."""
+        return {
+            "name": self.name,
+            "weights_sha256": self.weights_sha256,
+            "resize": self.resizing,
+            "antialias": self.antialias,
+            "dim": self.dim,
+        }
+
+
+def load_extractor(name: str, data: str, device: torch.device | str) -> Extractor:
+    """The extractor called `name` (cnn, inception, inception:PATH), on `device`, for scoring data set `data`.
+
+    UserError when there is no such extractor, none for this data set, or when its weights cannot be had.
+    """
+    kind, _, path = name.partition(":")
+    extractor: Extractor
+    if kind == "inception":
+        extractor = _load_inception(Path(path) if path else None)
+    elif name == "cnn":
+        extractor = _load_cnn(data)
+    else:
+        raise UserError(f"extractor {name!r}: {suggest(name, ['cnn', 'inception', 'inception:PATH'])}")
+    extractor.weights_sha256 = weights_hash(extractor.state_dict())
+    return extractor.requires_grad_(False).eval().to(device)
+
+
+def default_extractor(data: str) -> str:
+    """The extractor to use for data set `data` when none is chosen: its own small one, else Inception."""
+    return "cnn" if data in CNN_SIZES else "inception"
+
+
+def weights_hash(state: dict[str, Tensor]) -> str:
+    """SHA-256 of every tensor's name, type, shape and bytes: one network has one hash in any file format."""
+    digest = hashlib.sha256()
+    for key, tensor in sorted(state.items()):
+        digest.update(f"{key} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+# ---- cnn -------------------------------------------------------------------------------------------------
+
+
+class SmallCNN(nn.Module):
+    """A four-level classifier of grey images in [-1, 1], small enough to ship: 95 thousand parameters.
+
+    Maps [N, 1, H, W] to features [N, 96] (the last activations, averaged over the image) and logits [N, 10].
+    """
+
+    widths = (24, 48, 64, 96)
+
+    def __init__(self, num_classes: int = 10):
+        super().__init__()
+        levels: list[nn.Module] = []
+        for inputs, outputs in zip((1, *self.widths), self.widths, strict=False):
+            levels += [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs)]
+            levels += [nn.ReLU(), nn.MaxPool2d(2)]
+        self.body = nn.Sequential(*levels[:-1], nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.classifier = nn.Linear(self.widths[-1], num_classes)
+
+    def forward(self, images: Float[Tensor, "N 1 H W"]) -> Features:
+        """Features and logits of grey images in [-1, 1]."""
+        features = self.body(images)
+        return Features(features, self.classifier(features))
+
+
+class CNNExtractor(Extractor):
+    """`SmallCNN` on images made grey and resized to the size it was trained at."""
+
+    def __init__(self, network: SmallCNN, size: int):
+        super().__init__("cnn", network.widths[-1], f"bilinear to {size}", antialias=True)
+        self.network, self.size = network, size
+
+    def forward(self, images: UInt8[Tensor, "N 3 H W"]) -> Features:
+        """Features [N, 96] and logits [N, 10]."""
+        return self.network(grey_input(images, self.size))
+
+
+def grey_input(images: UInt8[Tensor, "N C H W"], size: int) -> Float[Tensor, "N 1 {size} {size}"]:
+    """The mean over the channels of uint8 images, resized to `size` pixels and scaled to [-1, 1]."""
+    grey = images.float().mean(dim=1, keepdim=True).round().to(torch.uint8)
+    return to_model(resize(grey, size))
+
+
+def _load_cnn(data: str) -> CNNExtractor:
+    if data not in CNN_SIZES:
+        sets = ", ".join(CNN_SIZES)
+        raise UserError(f"extractor cnn: no classifier for {data}, only for {sets}; use inception")
+    with resources.as_file(resources.files("spikegen") / "assets" / f"cnn_{data}.safetensors") as path:
+        state = read_weights(path)
+    network = SmallCNN()
+    network.load_state_dict(state)
+    return CNNExtractor(network, CNN_SIZES[data])
+
+
+# ---- inception -------------------------------------------------------------------------------------------
+
+
+class InceptionExtractor(Extractor):
+    """torch-fidelity's FID Inception, which resizes as TensorFlow 1 did; its logits leave out the bias."""
+
+    def __init__(self, network: FeatureExtractorInceptionV3):
+        super().__init__("inception", 2048, "bilinear to 299 as TensorFlow 1", antialias=False)
+        self.network = network
+
+    def forward(self, images: UInt8[Tensor, "N 3 H W"]) -> Features:
+        """Features [N, 2048] and logits [N, 1008]."""
+        return Features(*self.network(images))
+
+
+def _load_inception(path: Path | None) -> InceptionExtractor:
+    path = path or _downloaded_inception()
+    # The network's constructor unpickles the file it is given: so it gets one made here, of tensors only.
+    weights = io.BytesIO()
+    torch.save(read_weights(path), weights)
+    weights.seek(0)
+    try:
+        return InceptionExtractor(
+            FeatureExtractorInceptionV3(
+                "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=weights
+            )
+        )
+    except RuntimeError:  # load_state_dict, of other keys or shapes
+        right = f"give torch-fidelity's {URL_INCEPTION_V3.rpartition('/')[2]}"
+        raise UserError(f"{path}: not the weights of the FID Inception; {right}") from None
+
+
+def _downloaded_inception() -> Path:
+    """torch-fidelity's weights in the torch.hub cache, fetched (and their hash checked) the first time."""
+    path = Path(torch.hub.get_dir()) / "checkpoints" / URL_INCEPTION_V3.rpartition("/")[2]
+    if path.exists():
+        return path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        prefix = path.stem.rpartition("-")[2]
+        torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), prefix, progress=sys.stderr.isatty())
+    except (OSError, HTTPException, RuntimeError) as error:  # RuntimeError: what came has another hash
+        raise UserError(
+            f"extractor inception: its weights are not in {path.parent} and cannot be downloaded "
+            f"({_line(error)}); connect once, or fetch {URL_INCEPTION_V3} elsewhere and give "
+            f"--extractor inception:PATH (for {', '.join(CNN_SIZES)} there is --extractor cnn, which needs no download)"
+        ) from None
+    return path
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+# ---- weights ---------------------------------------------------------------------------------------------
+
+
+_RIGHT = "give a .safetensors file, or a .pth file that holds a state dict and nothing else"
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors in a .safetensors file, or in a .pth file that holds nothing else: nothing is unpickled.
+
+    UserError when the file is absent, broken or holds anything but named tensors.
+    """
+    with user_mistakes("read", path), open(path, "rb"):
+        pass
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever the bytes of a broken or foreign file lead to
+        detail = "" if isinstance(error, UnpicklingError) else f" ({_line(error)[:100]})"
+        raise UserError(f"{path}: not a file of weights{detail}; {_RIGHT}") from None
+    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise UserError(f"{path}: holds other things than named tensors; {_RIGHT}")
+    return dict(state)

@@ -1,0 +1,169 @@
+"""Posteriors and priors over spikes: the autoregressive Bernoulli latent of FSVAE (arXiv 2110.00375)."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int64
+from pydantic import Field
+from torch import Tensor, nn
+
+from spikegen.kernels import Engine
+from spikegen.neurons import LIFSpec
+from spikegen.spec import Spec, UserError
+from spikegen.stages import Stage, dense_stage
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """z ~ q(z_t | x_<=t, z_<t) and each bit's probability of firing under q."""
+
+    spikes: Float[Tensor, "T B D"]
+    rate: Float[Tensor, "T B D"]
+
+
+@dataclass(frozen=True)
+class Prior:
+    """Each bit's probability of firing under p(z_t | z_<t)."""
+
+    rate: Float[Tensor, "T B D"]
+
+
+class BernoulliSpec(Spec):
+    """k spiking candidates a bit, of which one is drawn; posterior and prior are spiking networks stepped in time.
+
+    Scheduled sampling feeds the prior its own bits: from step `scheduled_from` (0-based) on, with a probability that
+    rises over training from the first to the second number of `scheduled`.
+    """
+
+    kind: Literal["bernoulli"] = "bernoulli"
+    size: int = Field(128, ge=1)
+    candidates: int = Field(20, ge=1)
+    scheduled_from: int = Field(5, ge=0)
+    scheduled: tuple[float, float] = (0.1, 0.3)
+    label_size: int = Field(32, ge=1)
+
+    def build(self, features: int, neuron: LIFSpec, engine: Engine, num_labels: int) -> "Bernoulli":
+        """The latent for `features` encoder neurons; `num_labels` > 0 makes the prior conditional."""
+        return Bernoulli(self, features, neuron, engine, num_labels)
+
+
+class Bernoulli(nn.Module):
+    """See BernoulliSpec. Networks as in FSVAE: 2D -> 2D -> 4D -> kD for q, D -> 2D -> 4D -> kD for p."""
+
+    def __init__(self, spec: BernoulliSpec, features: int, neuron: LIFSpec, engine: Engine, num_labels: int):
+        super().__init__()
+        self.spec, self.neuron_spec, self.engine = spec, neuron, engine
+        size, k = spec.size, spec.candidates
+        self.project = dense_stage(features, size, neuron, engine)
+        self.label = nn.Embedding(num_labels, spec.label_size) if num_labels else None
+
+        def network(inputs: int) -> nn.ModuleList:
+            widths = [inputs, 2 * size, 4 * size, k * size]
+            return nn.ModuleList(
+                dense_stage(i, o, neuron, engine, alpha=2.0) for i, o in zip(widths, widths[1:], strict=False)
+            )
+
+        self.posterior = network(2 * size)
+        self.prior = network(size + (spec.label_size if num_labels else 0))
+
+    def expand_stage(self, features: int) -> Stage:
+        """The decoder's first stage: from the bits back to `features` neurons."""
+        return dense_stage(self.spec.size, features, self.neuron_spec, self.engine)
+
+    def noise_shape(self, num_steps: int) -> tuple[int, int]:
+        """The shape, for one image, of the uniform numbers that `infer` and `sample` draw bits with."""
+        return num_steps, self.spec.size
+
+    def infer(self, features: Float[Tensor, "T B F"], uniform: Float[Tensor, "T B D"]) -> Posterior:
+        """Draw z from the encoder's spikes."""
+        encoded, _ = self.project(features)
+        spikes, rate = self._draw_posterior(encoded, uniform)
+        if self.training:
+            # The stepped pass fixed z_<t; this one, parallel in time, has the batch statistics and the gradient.
+            out = _network(self.posterior, torch.cat([encoded, _previous(spikes)], -1))
+            spikes, rate = self._pick(out, uniform)
+        return Posterior(spikes, rate)
+
+    def predict(
+        self, spikes: Float[Tensor, "T B D"], label: Int64[Tensor, " B"] | None = None, progress: float = 1.0
+    ) -> Prior:
+        """The prior's view of bits drawn from the posterior; `progress` in [0, 1] is how much of training is done."""
+        inputs = self._prior_inputs(spikes.detach(), label, progress)
+        out = _network(self.prior, self._with_label(inputs, label))
+        return Prior(self._candidates(out).mean(-1))
+
+    @torch.no_grad()
+    def sample(
+        self, uniform: Float[Tensor, "T B D"], label: Int64[Tensor, " B"] | None = None
+    ) -> Float[Tensor, "T B D"]:
+        """z from the prior, one step at a time with the membranes carried."""
+        mems: list[Tensor | None] = [None] * len(self.prior)
+        z, drawn = torch.zeros_like(uniform[0]), []
+        for u in uniform:
+            z, _ = self._pick(_step(self.prior, self._with_label(z, label), mems), u)
+            drawn.append(z)
+        return torch.stack(drawn)
+
+    @torch.no_grad()
+    def _draw_posterior(self, encoded: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+        mems: list[Tensor | None] = [None] * len(self.posterior)
+        z, drawn = torch.zeros_like(encoded[0]), []
+        for x, u in zip(encoded, uniform, strict=True):
+            z, rate = self._pick(_step(self.posterior, torch.cat([x, z], -1), mems), u)
+            drawn.append((z, rate))
+        spikes, rates = zip(*drawn, strict=True)
+        return torch.stack(spikes), torch.stack(rates)
+
+    @torch.no_grad()
+    def _prior_inputs(self, spikes: Tensor, label: Tensor | None, progress: float) -> Tensor:
+        """z_{t-1} for every t: the posterior's, with some of the prior's own where sampling is scheduled."""
+        start, end = self.spec.scheduled
+        chance = (start + (end - start) * progress) if self.training else 0.0
+        coins = torch.rand(len(spikes)) < chance
+        coins[: self.spec.scheduled_from] = False
+        if not coins[:-1].any():
+            return _previous(spikes)
+        mems: list[Tensor | None] = [None] * len(self.prior)
+        z, inputs = torch.zeros_like(spikes[0]), []
+        for own, coin in zip(spikes, coins.tolist(), strict=True):
+            inputs.append(z)
+            rate = self._candidates(_step(self.prior, self._with_label(z, label), mems)).mean(-1)
+            z = (rate + 1e-3 * torch.randn_like(rate) > 0.5).to(own.dtype) if coin else own
+        return torch.stack(inputs)
+
+    def _with_label(self, z: Tensor, label: Tensor | None) -> Tensor:
+        if self.label is None:
+            return z
+        if label is None:
+            raise UserError("this model was trained with labels: its prior needs one for every image")
+        embedding = self.label(label).to(z.dtype)
+        return torch.cat([z, embedding.expand(*z.shape[:-1], -1)], -1)
+
+    def _candidates(self, out: Tensor) -> Tensor:
+        return out.unflatten(-1, (self.spec.size, self.spec.candidates))
+
+    def _pick(self, out: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+        """One candidate a bit, each as likely: (the bits, their probability, which is the candidates' mean)."""
+        candidates = self._candidates(out)
+        index = (uniform * self.spec.candidates).long().clamp(max=self.spec.candidates - 1)
+        return candidates.gather(-1, index.unsqueeze(-1)).squeeze(-1), candidates.mean(-1)
+
+
+def _previous(z: Tensor) -> Tensor:
+    """z_{t-1} for every t, with z_0 = 0."""
+    return torch.cat([torch.zeros_like(z[:1]), z[:-1]]).detach()
+
+
+def _network(stages: nn.ModuleList, x: Tensor) -> Tensor:
+    for stage in stages:
+        x, _ = stage(x)
+    return x
+
+
+def _step(stages: nn.ModuleList, x: Tensor, mems: list[Tensor | None]) -> Tensor:
+    """One step through all stages; `mems` is the carried state, updated in place."""
+    for i, stage in enumerate(stages):
+        assert isinstance(stage, Stage)
+        x, mems[i] = stage.step(x, mems[i])
+    return x

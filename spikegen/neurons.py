@@ -1,0 +1,76 @@
+"""Spiking neurons: modules from currents to spikes, built on the kernels."""
+
+from typing import Annotated, Literal
+
+import torch
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor, nn
+
+from spikegen.kernels import Engine, Reset, lif_scan, lif_step
+from spikegen.kernels.surrogates import ATan, Surrogate
+from spikegen.spec import Spec
+
+PerChannel = tuple[Annotated[float, Field(gt=0)], ...]
+
+
+class LIFSpec(Spec):
+    """The leaky integrate-and-fire neuron in snnTorch's terms; a tuple of `beta` or `threshold` is one value a channel.
+
+    The papers' neurons in these terms: FSVAE's is beta 0.25, threshold 0.2, zero reset; TCJA's (tau 2, threshold 1 on
+    a halved input) is beta 0.5, threshold 2, zero reset, atan with alpha 1; beta 1 integrates without a leak.
+    """
+
+    kind: Literal["lif"] = "lif"
+    beta: Annotated[float, Field(ge=0, le=1)] | tuple[Annotated[float, Field(ge=0, le=1)], ...] = 0.25
+    threshold: Annotated[float, Field(gt=0)] | PerChannel = 0.2
+    reset: Reset = "zero"
+    surrogate: Surrogate = ATan()
+    learn_beta: bool = False
+    learn_threshold: bool = False
+
+    def build(self, engine: Engine = "auto") -> "LIF":
+        """The module that this describes."""
+        return LIF(self, engine)
+
+    @property
+    def mean_threshold(self) -> float:
+        """The threshold that a normalisation before the neuron scales to (tdBN's V_th)."""
+        values = self.threshold if isinstance(self.threshold, tuple) else (self.threshold,)
+        return sum(values) / len(values)
+
+
+class LIF(nn.Module):
+    """Leaky integrate-and-fire over a whole sequence; keeps no state between calls."""
+
+    def __init__(self, spec: LIFSpec, engine: Engine = "auto"):
+        super().__init__()
+        self.spec, self.engine = spec, engine
+        for name, learn in (("beta", spec.learn_beta), ("threshold", spec.learn_threshold)):
+            value = torch.tensor(getattr(spec, name), dtype=torch.float32)
+            if learn:
+                self.register_parameter(name, nn.Parameter(value))
+            else:
+                # The spec, not the weights file, is where a fixed constant lives.
+                self.register_buffer(name, value, persistent=False)
+
+    def forward(self, current: Float[Tensor, "T B *n"]) -> Float[Tensor, "T B *n"]:
+        """Spikes (0 or 1, in the dtype of `current`) of a sequence of currents; channels are dimension 2."""
+        beta, threshold = self._constants(current.dim() - 1)
+        return lif_scan(current, beta, threshold, self.spec.reset, self.spec.surrogate, self.engine)
+
+    def step(
+        self, current: Float[Tensor, "B *n"], mem: Float[Tensor, "B *n"] | None
+    ) -> tuple[Float[Tensor, "B *n"], Float[Tensor, "B *n"]]:
+        """One time step without gradient: (spikes, membrane to carry to the next step); `mem` None starts at rest."""
+        beta, threshold = self._constants(current.dim())
+        return lif_step(current, mem, beta, threshold, self.spec.reset)
+
+    def _constants(self, step_dims: int) -> tuple[Tensor, Tensor]:
+        """Beta and threshold, a per-channel one shaped [C, 1, ...] to broadcast over [B, C, ...]."""
+        trailing = (1,) * (step_dims - 2)
+        return tuple(p.view(-1, *trailing) if p.dim() else p for p in (self.beta, self.threshold))  # type: ignore[return-value]
+
+    def extra_repr(self) -> str:
+        """The spec, for print(model)."""
+        return f"{self.spec!r}, engine={self.engine}"

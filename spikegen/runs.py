@@ -1,0 +1,98 @@
+"""The run folder: config, metrics, samples, model and checkpoints; and opening one."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spikegen.config import Config, dump_config, load_config
+from spikegen.spec import UserError
+from spikegen.storage import read_json, replacing, write_text
+from spikegen.vae import SpikingVAE
+
+
+class Run:
+    """The paths of a run folder, and what is read from and written to them.
+
+    config.yaml, metrics.jsonl, samples/*.png, model/, checkpoints/, tensorboard/, scores.json.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.config_file, self.metrics_file = self.path / "config.yaml", self.path / "metrics.jsonl"
+        self.samples, self.model = self.path / "samples", self.path / "model"
+        self.checkpoints, self.tensorboard = self.path / "checkpoints", self.path / "tensorboard"
+        self.scores_file = self.path / "scores.json"
+
+    def config(self) -> Config:
+        """The resolved config; UserError where the folder is no run."""
+        if not self.config_file.is_file():
+            raise UserError(f"{self.path} is no run: it has no config.yaml; train one with --out {self.path}")
+        return load_config(self.config_file)
+
+    def start(self, config: Config) -> None:
+        """Make the folder of a new run; UserError where one is there already."""
+        if self.config_file.exists() or (self.path.is_dir() and any(self.path.iterdir())):
+            raise UserError(f"{self.path} exists: add --resume to go on with it, or choose another --out")
+        write_text(self.config_file, dump_config(config))
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Add a row to metrics.jsonl."""
+        with open(self.metrics_file, "a", encoding="utf-8") as f:
+            f.write(json.dumps(row) + "\n")
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows of metrics.jsonl; a last line that an interruption cut short is left out."""
+        lines = self.metrics_file.read_text(encoding="utf-8").splitlines() if self.metrics_file.exists() else []
+        rows = []
+        for line in lines:
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+        return rows
+
+    def forget_after(self, images_seen: int) -> None:
+        """Drop the metrics that a resumed run will write again."""
+        rows = [json.dumps(r) for r in self.rows() if r["images_seen"] <= images_seen]
+        write_text(self.metrics_file, "".join(r + "\n" for r in rows))
+
+    def save_checkpoint(self, state: dict[str, Any], keep: int) -> None:
+        """Write checkpoints/NNNNNNNNNNNN.pt and remove all but the newest `keep`."""
+        with replacing(self.checkpoints / f"{state['images_seen']:012d}.pt") as path, open(path, "wb") as f:
+            torch.save(state, f)
+        for old in self._checkpoint_files()[:-keep]:
+            old.unlink()
+
+    def load_checkpoint(self, device: torch.device) -> dict[str, Any]:
+        """The newest checkpoint; tensors alone are read (weights_only), never arbitrary pickled objects."""
+        files = self._checkpoint_files()
+        if not files:
+            raise UserError(f"{self.path} has no checkpoint to resume from; train it anew with another --out")
+        try:
+            state: dict[str, Any] = torch.load(files[-1], map_location=device, weights_only=True)
+        except Exception as error:
+            line = str(error).splitlines()[0]
+            older = f"; delete it to resume from {files[-2].name}" if len(files) > 1 else ""
+            raise UserError(f"{files[-1]} is damaged ({line}){older}") from None
+        return state
+
+    def _checkpoint_files(self) -> list[Path]:
+        return sorted(f for f in self.checkpoints.glob("*.pt") if re.fullmatch(r"\d{12}\.pt", f.name))
+
+
+def open_run(source: str | Path, device: str | torch.device = "cpu") -> tuple[SpikingVAE, Config | None]:
+    """The model of a run folder, a saved model folder or a hub id, and the config where there is one."""
+    run = Run(source)
+    if not run.config_file.is_file():
+        return SpikingVAE.from_pretrained(source, device=device), None
+    config = run.config()
+    saved = run.model / "config.json"
+    if not saved.is_file():
+        raise UserError(f"{run.path} has no model yet; go on with: spikegen train {run.config_file} --out {run.path} --resume")
+    steps = read_json(saved).get("model", {}).get("num_steps")
+    if steps != config.model.num_steps:
+        raise UserError(f"{run.config_file} has model.num_steps {config.model.num_steps}, but {saved} was trained with {steps}")
+    return SpikingVAE.from_pretrained(run.model, device=device), config

@@ -1,0 +1,93 @@
+"""The base of every config object, and the one error a user can cause."""
+
+import difflib
+import re
+from collections.abc import Mapping
+from typing import Any, TypeVar, Union, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+
+class UserError(Exception):
+    """A mistake in the call, the config or the input: one line that says what, where, and what would be right.
+
+    The command line prints it without a traceback and exits with code 2.
+    """
+
+
+class Spec(BaseModel):
+    """A frozen, strict description of a part; subclasses sit above the module they describe and have `build(...)`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+
+S = TypeVar("S", bound=Spec)
+
+
+def parse(spec: type[S], values: Mapping[str, Any], source: str) -> S:
+    """Validate `values` as `spec`; `source` (a file, a preset) is named in the UserError that a mistake raises."""
+    try:
+        return spec.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{source}: {explain(spec, error)}") from None
+
+
+def explain(spec: type[Spec], error: ValidationError) -> str:
+    """One line for the first thing wrong in `error`: the key, what was wrong, and the nearest right one."""
+    first, *more = error.errors(include_url=False)
+    loc, context = first["loc"], first.get("ctx", {})
+    models, shown = _walk(spec, loc)
+    key = ".".join(shown)
+    if first["type"] == "extra_forbidden":
+        parent, name = ".".join(shown[:-1]), str(loc[-1])
+        keys = sorted({k for m in models for k in m.model_fields})
+        line = f"{key} is not a key{f' of {parent}' if parent else ''}; {suggest(name, keys)}"
+    elif first["type"] == "missing":
+        line = f"{key} is missing"
+    elif "expected_tags" in context or first["type"] == "literal_error":
+        choices = re.findall(r"'([^']*)'", context.get("expected_tags", context.get("expected", "")))
+        got = context.get("tag", first["input"])
+        kind = ".kind" if "expected_tags" in context else ""
+        line = f"{key}{kind} is {got!r}; {suggest(str(got), choices)}"
+    else:
+        message = first["msg"].removeprefix("Value error, ")
+        shown_input = "" if isinstance(first["input"], Mapping) else f" (got {first['input']!r})"
+        line = f"{key}: {message}{shown_input}" if key else message
+    return line + (f" (and {len(more)} more)" if more else "")
+
+
+def suggest(name: str, choices: list[str]) -> str:
+    """'did you mean X?' for the choice nearest to `name`, else the choices."""
+    near = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
+    return f"did you mean {near[0]}?" if near else f"choose from {', '.join(choices)}"
+
+
+def _walk(spec: type[Spec], loc: tuple[int | str, ...]) -> tuple[list[type[Spec]], list[str]]:
+    """Follow a pydantic location from `spec`: the models that hold its last key, and the path without union tags."""
+    models, shown = [spec], []
+    here: list[type[Spec]] = [spec]
+    for part in loc:
+        models = here
+        if isinstance(part, str) and any(part in m.model_fields for m in here):
+            here = [s for m in here if part in m.model_fields for s in _specs(m.model_fields[part].annotation)]
+        elif isinstance(part, str) and part in (tags := {_tag(m): m for m in here}):
+            here = [tags[part]]
+            continue
+        elif isinstance(part, str) and (part.startswith("function-") or part[0].isupper() or "[" in part):
+            continue  # pydantic's own name for a branch of a union
+        shown.append(str(part))
+    return models, shown
+
+
+def _tag(spec: type[Spec]) -> str:
+    field = spec.model_fields.get("kind")
+    return str(field.default) if field else spec.__name__
+
+
+def _specs(annotation: Any) -> list[type[Spec]]:
+    """Every Spec inside an annotation such as `list[A | B] | None`."""
+    if isinstance(annotation, type) and get_origin(annotation) is None:
+        return [annotation] if issubclass(annotation, Spec) else []
+    if get_origin(annotation) is Union or get_args(annotation):
+        return [s for a in get_args(annotation) for s in _specs(a)]
+    return []

@@ -1,0 +1,75 @@
+"""Writing to disk so that nothing already there is lost: beside, flushed, then renamed."""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from spikegen.spec import UserError
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; when the block ends well it is flushed and renamed over `path`.
+
+    When the block fails the temporary is removed and `path` is as it was. Raises UserError when the folder cannot be
+    written, OSError when the disk fills.
+    """
+    with user_mistakes("write", path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with user_mistakes("write", path):
+            yield beside
+            with open(beside, "rb+") as f:
+                os.fsync(f.fileno())
+            os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def user_mistakes(verb: str, path: Path) -> Iterator[None]:
+    """Turn the errors of a path that a user chose badly into a UserError; a full disk stays an OSError."""
+    try:
+        yield
+    except (PermissionError, FileExistsError, FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        raise UserError(f"cannot {verb} {path}: {error.strerror or error}") from None
+    except OSError as error:
+        if error.errno in (30, 36):  # EROFS, ENAMETOOLONG
+            raise UserError(f"cannot {verb} {path}: {error.strerror}") from None
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path`, beside and renamed."""
+    with replacing(path) as beside:
+        beside.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, beside and renamed."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The JSON in `path`; UserError when it is absent or broken."""
+    with user_mistakes("read", path):
+        text = path.read_text(encoding="utf-8")
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: not JSON ({error})") from None
+
+
+def require_writable(path: Path) -> None:
+    """UserError now, before hours of work, when a file or folder at `path` could not be written later."""
+    folder = path
+    while not folder.exists():
+        folder = folder.parent
+    if not os.access(folder, os.W_OK) or (path.parent.exists() and not path.parent.is_dir()):
+        raise UserError(f"cannot write {path}: {folder} is not writable")
+    if not folder.is_dir() and folder != path:
+        raise UserError(f"cannot write {path}: {folder} is a file, not a folder")

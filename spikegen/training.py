@@ -1,0 +1,320 @@
+"""Training: one linear loop whose clock is images seen."""
+
+import hashlib
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.tensorboard import SummaryWriter
+
+from spikegen import losses
+from spikegen.config import Config, LossesConfig, TrainingConfig
+from spikegen.data import ImageSet, batch_indices, flip_mask, to_model, to_uint8
+from spikegen.kernels import choose
+from spikegen.plots import save_grid
+from spikegen.progress import progress_bar
+from spikegen.runs import Run
+from spikegen.spec import UserError
+from spikegen.storage import require_writable
+from spikegen.vae import SpikingVAE, VAEOutput
+
+DEVICE_LIMIT = 2 * 1024**3
+"""Training images up to this many bytes are kept on the device; larger sets stay memory-mapped."""
+
+
+class Interrupted(Exception):
+    """SIGINT or SIGTERM came; the checkpoint is saved."""
+
+
+class Diverged(Exception):
+    """The loss or the gradient is no longer a number; the last checkpoint is kept."""
+
+
+def train(config: Config, out: str | Path, *, resume: bool = False, device: str = "auto") -> Path:
+    """Train `config` into the run folder `out` and return its path.
+
+    `resume` goes on from the newest checkpoint exactly as if there had been no stop. Raises UserError for a mistake
+    in the config or the folder, Interrupted and Diverged.
+    """
+    run, settings = Run(out), config.training
+    accelerator = make_accelerator(device)
+    rank, ranks = accelerator.process_index, accelerator.num_processes
+    if settings.batch_size % ranks:
+        raise UserError(f"training.batch_size {settings.batch_size} is not divisible by {ranks} processes")
+    require_writable(run.path / "config.yaml")
+    if resume:
+        _require_same(config, run.config(), run)
+    train_set, test_set = config.data.load("train"), config.data.load("test")
+    if accelerator.device.type == "cuda" and train_set.images.nbytes <= DEVICE_LIMIT:
+        train_set = _move(train_set, accelerator.device)
+
+    # ---- build
+    torch.manual_seed(settings.seed)
+    model = build_model(config, train_set.classes).to(accelerator.device)
+    average = AveragedModel(model, multi_avg_fn=_average(settings.ema), use_buffers=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay
+    )
+    step, total = 0, math.ceil(settings.epochs * len(train_set) / settings.batch_size)
+    if resume:
+        state = run.load_checkpoint(accelerator.device)
+        step = _restore(state, model, average, optimizer)
+        run.forget_after(step * settings.batch_size)
+    elif accelerator.is_main_process:
+        run.start(config)
+    accelerator.wait_for_everyone()
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    writer = SummaryWriter(str(run.tensorboard)) if settings.tensorboard and accelerator.is_main_process else None
+
+    def save(step: int) -> None:
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            state = {"step": step, "images_seen": step * settings.batch_size, "num_steps": config.model.num_steps}
+            parts = {"model": model, "average": average, "optimizer": optimizer}
+            run.save_checkpoint(state | {k: v.state_dict() for k, v in parts.items()}, settings.keep_checkpoints)
+            average.module.save_pretrained(run.model)
+
+    def log(row: dict[str, Any]) -> None:
+        if accelerator.is_main_process:
+            run.log(row)
+            for key, value in row.items():
+                if writer and isinstance(value, float):
+                    writer.add_scalar(key, value, row["images_seen"])
+
+    # ---- the loop
+    share = settings.batch_size // ranks
+    meter = _Meter()
+    with progress_bar(accelerator.is_main_process) as bar, _stop_signals() as stop:
+        task = bar.add_task("training", total=total * settings.batch_size, completed=step * settings.batch_size, info="")
+        wrapped.train()
+        while step < total:
+            seen, progress = step * settings.batch_size, step / total
+            # All randomness of a step is a function of (seed, step, process): a resumed run draws the same.
+            torch.manual_seed(_key(settings.seed, step, rank))
+            image, label = _batch(train_set, config, seen, accelerator.device, slice(rank * share, (rank + 1) * share))
+            for group in optimizer.param_groups:
+                group["lr"] = settings.lr * _lr_factor(settings, progress)
+            with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+                output = wrapped(image, label, progress=progress)
+            parts = loss_parts(output, image, label, settings.losses)
+            loss = torch.stack([parts[name] for name in parts if name.startswith("loss/")]).sum()
+            accelerator.backward(loss)
+            norm = nn.utils.clip_grad_norm_(wrapped.parameters(), settings.clip or math.inf)
+            _require_finite(loss, norm, step, parts, run)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            average.update_parameters(model)
+            step += 1
+            meter.add(parts | {"loss": loss.detach()}, settings.batch_size)
+
+            # ---- now and then
+            now = step * settings.batch_size
+            if _crossed(seen, now, settings.log_every) or step == total:
+                row = meter.row(now, now / len(train_set), optimizer.param_groups[0]["lr"])
+                log(row | {"engine": choose(config.model.engine)})
+                accuracy = f"accuracy {row['accuracy']:.4f}  " if "accuracy" in row else ""
+                info = f"loss {row['loss']:.4f}  recon {row['recon']:.4f}  {accuracy}{row['images_per_second']:.0f}/s"
+                bar.update(task, info=info)
+            bar.update(task, completed=now)
+            if _crossed(seen, now, settings.checkpoint_every) or step == total or stop.is_set():
+                save(step)
+                if stop.is_set() and step < total:
+                    raise Interrupted(f"stopped after {now} images; go on with --resume")
+                if accelerator.is_main_process:
+                    log(_evaluate(average.module, test_set, config, now))
+                    save_grid(to_uint8(average.module.sample(64)), run.samples / f"{now:012d}.png")
+                meter.restart()
+    if writer:
+        writer.close()
+    accelerator.wait_for_everyone()
+    return run.path
+
+
+def build_model(config: Config, classes: tuple[str, ...]) -> SpikingVAE:
+    """The model for the config's images; `classes` name the labels, where there are any."""
+    size = config.data.image_size
+    return SpikingVAE(config.model, (config.data.image_channels(), size, size), classes)
+
+
+def make_accelerator(device: str) -> Accelerator:
+    """Accelerate's view of the processes and devices; UserError for `cuda` where there is none."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: no CUDA device is available; use --device cpu or auto")
+    return Accelerator(cpu=device == "cpu")
+
+
+def loss_parts(output: VAEOutput, image: Tensor, label: Tensor | None, spec: LossesConfig) -> dict[str, Tensor]:
+    """Every term: those called `loss/...` are weighted and add up to the loss; the others are to look at."""
+    recon = losses.reconstruction(output.image, image)
+    if spec.prior == "mmd":
+        prior = losses.mmd(output.posterior, output.prior, spec.psp_tau)
+    else:
+        prior = losses.kl(output.posterior, output.prior)
+    parts = {"loss/recon": recon, "recon": recon, "loss/prior": spec.prior_weight * prior, "prior": prior}
+    if output.logits is not None and label is not None and spec.classification is not None:
+        entropy = losses.classification(output.logits, label)
+        parts |= {"loss/classification": spec.classification * entropy, "classification": entropy}
+        parts["accuracy"] = (output.logits.argmax(1) == label).float().mean()
+    parts["firing_rate"] = output.firing_rate.mean()
+    if spec.firing_rate:
+        excess = losses.firing_rate(output.firing_rate, spec.firing_rate_target)
+        parts["loss/firing_rate"] = spec.firing_rate * excess
+    return parts
+
+
+# ---- parts of the loop -----------------------------------------------------------------------------------------------
+
+
+class _Meter:
+    """Sums on the device between two log rows, read once a row; speed counts training steps alone."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.steps, self.images, self.start = 0, 0, time.perf_counter()
+
+    def add(self, parts: dict[str, Tensor], images: int) -> None:
+        for key, value in parts.items():
+            if not key.startswith("loss/"):
+                self.sums[key] = self.sums.get(key, torch.zeros_like(value)) + value.detach()
+        self.steps, self.images = self.steps + 1, self.images + images
+
+    def row(self, images_seen: int, epoch: float, lr: float) -> dict[str, Any]:
+        """The means since the last row, which starts the next."""
+        means = {k: v.item() / self.steps for k, v in self.sums.items()}
+        speed = self.images / (time.perf_counter() - self.start)
+        self.restart()
+        return {"images_seen": images_seen, "epoch": round(epoch, 4), **means, "lr": lr, "images_per_second": speed}
+
+
+def _batch(
+    data: ImageSet, config: Config, seen: int, device: torch.device, part: slice
+) -> tuple[Tensor, Tensor | None]:
+    """This process's part of the batch that starts after `seen` images: images in [-1, 1] and labels."""
+    settings = config.training
+    index = batch_indices(settings.seed, seen, settings.batch_size, len(data))[part]
+    index = index.to(data.images.device)
+    images = to_model(data.images[index].to(device, non_blocking=True))
+    if config.data.flip:
+        mask = flip_mask(settings.seed, seen, settings.batch_size)[part].to(device)
+        images = torch.where(mask.view(-1, 1, 1, 1), images.flip(-1), images)
+    return images, None if data.labels is None else data.labels[index].to(device)
+
+
+@torch.no_grad()
+def _evaluate(model: SpikingVAE, data: ImageSet, config: Config, images_seen: int) -> dict[str, Any]:
+    """Reconstruction and accuracy of the averaged weights on the first test images."""
+    row: dict[str, Any] = {"images_seen": images_seen}
+    count = min(config.training.evaluate, len(data))
+    if not count:
+        return row
+    model.eval()
+    squared, right = 0.0, 0.0
+    for start in range(0, count, 250):
+        stop = min(start + 250, count)
+        image = to_model(data.images[start:stop].to(model.device))
+        squared += losses.reconstruction(model.reconstruct(image, seed=start), image).item() * len(image)
+        if model.head is not None and data.labels is not None:
+            label = data.labels[start:stop].to(model.device)
+            right += (model.classify(image, seed=start).argmax(1) == label).sum().item()
+    row["test_recon"] = squared / count
+    if model.head is not None:
+        row["test_accuracy"] = right / count
+    return row
+
+
+def _lr_factor(settings: TrainingConfig, progress: float) -> float:
+    """Linear warm-up, then a constant or the falling half of a cosine."""
+    if progress < settings.warmup:
+        return (progress + 1e-3) / (settings.warmup + 1e-3)
+    if settings.schedule == "constant":
+        return 1.0
+    return 0.5 * (1 + math.cos(math.pi * (progress - settings.warmup) / (1 - settings.warmup)))
+
+
+def _average(decay: float) -> Any:
+    """The exponential moving average, with a shorter memory at the start so that short runs forget their first steps."""
+
+    def update(averaged: list[Tensor], current: list[Tensor], count: Tensor | int) -> None:
+        warm = min(decay, (1 + int(count)) / (10 + int(count)))
+        torch._foreach_lerp_(averaged, current, 1 - warm)
+
+    return update
+
+
+def _key(*numbers: int) -> int:
+    """A 32-bit seed from several numbers, which torch's CPU generator takes whole."""
+    return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=4).digest(), "big")
+
+
+def _crossed(before: int, now: int, every: int) -> bool:
+    return before // every != now // every
+
+
+def _move(data: ImageSet, device: torch.device) -> ImageSet:
+    labels = None if data.labels is None else data.labels.to(device)
+    return ImageSet(data.images.to(device), labels, data.classes)
+
+
+def _restore(state: dict[str, Any], model: SpikingVAE, average: AveragedModel, optimizer: Any) -> int:
+    for name, part in (("model", model), ("average", average), ("optimizer", optimizer)):
+        part.load_state_dict(state[name])
+    return int(state["step"])
+
+
+def _require_same(config: Config, before: Config, run: Run) -> None:
+    """UserError for the first key in which a resumed run would differ from what it was."""
+    old, new = before.model_dump(exclude={"scoring"}), config.model_dump(exclude={"scoring"})
+    for key, was, now in _differences(old, new):
+        if key != "data.root":
+            raise UserError(f"{run.path} was trained with {key} = {was}, but the config has {now}; --resume changes nothing")
+
+
+def _differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in old | new:
+            yield from _differences(old.get(name), new.get(name), f"{key}.{name}".lstrip("."))
+    elif old != new:
+        yield key, old, new
+
+
+def _require_finite(loss: Tensor, norm: Tensor, step: int, parts: dict[str, Tensor], run: Run) -> None:
+    if not torch.isfinite(loss + norm):
+        numbers = ", ".join(f"{k} {v.item():.4g}" for k, v in parts.items())
+        raise Diverged(
+            f"loss {loss.item()} and gradient norm {norm.item()} at step {step} ({numbers}); the last good checkpoint "
+            f"is kept in {run.checkpoints}: lower training.lr or training.clip and train anew"
+        )
+
+
+@contextmanager
+def _stop_signals() -> Iterator[threading.Event]:
+    """An event that SIGINT and SIGTERM set, so that a step ends before its checkpoint; a second SIGINT stops at once."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    previous = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def handle(signum: int, _frame: Any) -> None:
+        stop.set()
+        signal.signal(signum, previous[signal.Signals(signum)])
+
+    for s in previous:
+        signal.signal(s, handle)
+    try:
+        yield stop
+    finally:
+        for s, handler in previous.items():
+            signal.signal(s, handler)

@@ -1,0 +1,297 @@
+"""The spiking variational autoencoder: encoding -> stages -> latent -> mirrored stages -> readout, with a head."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from huggingface_hub import PyTorchModelHubMixin
+from jaxtyping import Float, Int64
+from pydantic import Field
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from spikegen.attention import Attention
+from spikegen.draws import uniform_per_image
+from spikegen.encoding import DirectSpec, Encoding
+from spikegen.heads import HeadSpec
+from spikegen.kernels import Engine
+from spikegen.latents import BernoulliSpec, Posterior, Prior
+from spikegen.neurons import LIFSpec
+from spikegen.readouts import MembraneSpec, Readout
+from spikegen.spec import Spec, UserError, parse
+from spikegen.stages import Stage, StageSpec, down_stage, up_stage
+from spikegen.storage import read_json, replacing, write_json
+
+SAMPLE_CHUNK = 64
+"""Samples are made in full chunks of this size, so that rounding, and so image k, never depends on how many."""
+
+
+class ModelConfig(Spec):
+    """What the network is; image size, channels and classes come from the data."""
+
+    num_steps: int = Field(4, ge=1, le=256)
+    encoding: Encoding = DirectSpec()
+    stages: tuple[StageSpec, ...] = Field(
+        (StageSpec(channels=32), StageSpec(channels=64), StageSpec(channels=128)), min_length=1
+    )
+    neuron: LIFSpec = LIFSpec()
+    attention: Attention | None = None
+    attention_in: Literal["both", "encoder", "decoder"] = "both"
+    latent: BernoulliSpec = BernoulliSpec()
+    readout: Readout = MembraneSpec()
+    head: HeadSpec | None = HeadSpec()
+    conditional: bool = False
+    engine: Engine = "auto"
+
+    @property
+    def reduction(self) -> int:
+        """By how much the stages divide height and width."""
+        factor = 1
+        for stage in self.stages:
+            factor *= stage.stride
+        return factor
+
+
+class SavedModel(Spec):
+    """The content of a saved model's config.json."""
+
+    model: ModelConfig
+    image_shape: tuple[int, int, int]
+    classes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class VAEOutput:
+    """What a forward pass gives; the losses are functions of it."""
+
+    image: Float[Tensor, "B C H W"]
+    posterior: Posterior
+    prior: Prior
+    logits: Float[Tensor, "B K"] | None
+    firing_rate: Float[Tensor, " S"]
+    """Spikes a neuron a step, for each encoder and decoder stage in order."""
+
+
+class SpikingVAE(nn.Module, PyTorchModelHubMixin):
+    """Images in [-1, 1] to spikes and back; no state outlives a call.
+
+    In training mode the draws are torch's; in evaluation mode they are fixed by (seed, index in the batch), so the
+    same call gives the same answer.
+    """
+
+    def __init__(self, model: ModelConfig, image_shape: tuple[int, int, int], classes: tuple[str, ...] = ()):
+        super().__init__()
+        channels, height, width = image_shape
+        if height % model.reduction or width % model.reduction:
+            raise UserError(
+                f"image size {height}x{width} cannot be halved by these stages: "
+                f"data.image_size must be a multiple of {model.reduction}"
+            )
+        if model.conditional and not classes:
+            raise UserError("model.conditional needs class labels, but the data has none; set it to false")
+        self.config, self.image_shape, self.classes = model, image_shape, classes
+        neuron, engine, steps = model.neuron, model.engine, model.num_steps
+
+        def attention(spec: StageSpec, part: str, width: int) -> nn.Module | None:
+            chosen = model.attention if spec.attention == "inherit" else spec.attention
+            return chosen.build(steps, width) if chosen and model.attention_in in ("both", part) else None
+
+        # ---- encoder
+        self.encoding = model.encoding.build(steps)
+        widths = [channels, *(s.channels for s in model.stages)]
+        self.encoder = nn.ModuleList(
+            down_stage(s, w, s.neuron or neuron, engine, attention(s, "encoder", s.channels))
+            for s, w in zip(model.stages, widths, strict=False)
+        )
+        # ---- latent
+        self.feature_shape = (widths[-1], height // model.reduction, width // model.reduction)
+        features = widths[-1] * self.feature_shape[1] * self.feature_shape[2]
+        self.latent = model.latent.build(features, neuron, engine, len(classes) if model.conditional else 0)
+        # ---- decoder: from the latent's bits back to the features, then the stages in reverse
+        self.expand = self.latent.expand_stage(features)
+        outputs = [widths[1], *widths[1:-1]]
+        self.decoder = nn.ModuleList(
+            up_stage(s, w, s.neuron or neuron, engine, attention(s, "decoder", w))
+            for s, w in reversed(list(zip(model.stages, outputs, strict=True)))
+        )
+        self.readout = model.readout.build(widths[1], channels, steps)
+        # ---- classifier head
+        with_head = model.head is not None and bool(classes)
+        size = features if model.head and model.head.source == "encoder" else model.latent.size
+        self.head = model.head.build(size, len(classes)) if model.head and with_head else None
+
+    def forward(
+        self,
+        image: Float[Tensor, "B C H W"],
+        label: Int64[Tensor, " B"] | None = None,
+        *,
+        progress: float = 1.0,
+        seed: int = 0,
+    ) -> VAEOutput:
+        """Encode, draw, decode and classify; `progress` in [0, 1] is how much of training is done."""
+        features, encoder_rates = self._features(image, seed)
+        posterior = self.latent.infer(features.flatten(2), self._noise(image, seed))
+        prior = self.latent.predict(posterior.spikes, label, progress)
+        decoded, decoder_rates = self._decode(posterior.spikes)
+        rates = torch.stack(encoder_rates + decoder_rates).float()
+        return VAEOutput(decoded, posterior, prior, self._classify(features, posterior.spikes), rates)
+
+    def encode(self, image: Float[Tensor, "B C H W"], seed: int = 0) -> Posterior:
+        """The posterior's draw for each image."""
+        return self.latent.infer(self._features(image, seed)[0].flatten(2), self._noise(image, seed))
+
+    def decode(self, spikes: Float[Tensor, "T B D"]) -> Float[Tensor, "B C H W"]:
+        """Images in (-1, 1) from the latent's bits."""
+        return self._decode(spikes)[0]
+
+    @torch.no_grad()
+    def classify(self, image: Float[Tensor, "B C H W"], seed: int = 0) -> Float[Tensor, "B K"]:
+        """The head's logits; UserError where the model has none."""
+        if self.head is None:
+            raise UserError("this model has no classifier head: it was trained without labels or with head: null")
+        features, _ = self._features(image, seed)
+        bits = self.latent.infer(features.flatten(2), self._noise(image, seed)).spikes
+        logits = self._classify(features, bits)
+        assert logits is not None
+        return logits
+
+    @torch.no_grad()
+    def reconstruct(self, image: Float[Tensor, "B C H W"], seed: int = 0) -> Float[Tensor, "B C H W"]:
+        """Each image through the latent and back."""
+        return self.decode(self.encode(image, seed).spikes)
+
+    @torch.no_grad()
+    def sample(
+        self, num: int, *, seed: int = 0, label: int | None = None, first: int = 0
+    ) -> Float[Tensor, "{num} C H W"]:
+        """The images first .. first+num-1 of a seed; image k depends on (model, seed, k) alone.
+
+        A conditional model draws each image's class uniformly unless `label` fixes it.
+        """
+        if num < 1:
+            raise UserError(f"the number of samples must be at least 1; got {num}")
+        self._check_label(label)
+        chunks = range(first // SAMPLE_CHUNK, (first + num - 1) // SAMPLE_CHUNK + 1)
+        was_training = self.training
+        self.eval()
+        try:
+            images = torch.cat([self._sample_chunk(c * SAMPLE_CHUNK, seed, label) for c in chunks])
+        finally:
+            self.train(was_training)
+        start = first % SAMPLE_CHUNK
+        return images[start : start + num]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    # ---- parts of the above -------------------------------------------------------------------------------------
+
+    def _features(self, image: Tensor, seed: int) -> tuple[Tensor, list[Tensor]]:
+        """The encoder's last spikes [T, B, C, H, W] and every stage's firing rate."""
+        self._check_image(image)
+        first, *rest = self.encoder
+        assert isinstance(first, Stage)
+        if self.encoding.static:
+            # The same current at every step: convolve and normalise once, not T times.
+            x, rate = first.fire(self.encoding(first.current(image)))
+        else:
+            shape = (self.config.num_steps, *self.image_shape)
+            draws = None if self.training else uniform_per_image(~seed, 0, len(image), shape, image.device)
+            x, rate = first(self.encoding(image, draws))
+        rates = [rate]
+        for stage in rest:
+            x, rate = stage(x)
+            rates.append(rate)
+        return x, rates
+
+    def _decode(self, spikes: Tensor) -> tuple[Tensor, list[Tensor]]:
+        x, _ = self.expand(spikes)
+        x = x.unflatten(2, self.feature_shape)
+        rates = []
+        for stage in self.decoder:
+            x, rate = stage(x)
+            rates.append(rate)
+        return self.readout(x), rates
+
+    def _classify(self, features: Tensor, bits: Tensor) -> Tensor | None:
+        if self.head is None or self.config.head is None:
+            return None
+        return self.head(features if self.config.head.source == "encoder" else bits)
+
+    def _noise(self, image: Tensor, seed: int) -> Tensor:
+        steps, *rest = self.latent.noise_shape(self.config.num_steps)
+        if self.training:
+            return torch.rand(steps, len(image), *rest, device=image.device)
+        return uniform_per_image(seed, 0, len(image), (steps, *rest), image.device)
+
+    def _sample_chunk(self, first: int, seed: int, label: int | None) -> Tensor:
+        shape = self.latent.noise_shape(self.config.num_steps)
+        noise = uniform_per_image(seed, first, SAMPLE_CHUNK, shape, self.device)
+        labels = None
+        if self.config.conditional:
+            draws = uniform_per_image(~seed, first, SAMPLE_CHUNK, (1,), self.device)[0]
+            labels = (draws * len(self.classes)).long() if label is None else torch.full_like(draws, label).long()
+        return self.decode(self.latent.sample(noise, labels))
+
+    def _check_label(self, label: int | None) -> None:
+        if label is None:
+            return
+        if not self.config.conditional:
+            raise UserError("this model was trained without labels in its prior (model.conditional): omit the label")
+        if not 0 <= label < len(self.classes):
+            raise UserError(f"label {label} is out of range: 0 to {len(self.classes) - 1} ({', '.join(self.classes)})")
+
+    def _check_image(self, image: Tensor) -> None:
+        if tuple(image.shape[1:]) != tuple(self.image_shape):
+            raise UserError(f"the model takes images of {self.image_shape}; got {tuple(image.shape[1:])}")
+
+    # ---- saving and loading -------------------------------------------------------------------------------------
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        """config.json and model.safetensors, each beside and renamed; the mixin's `save_pretrained` calls this."""
+        saved = SavedModel(model=self.config, image_shape=self.image_shape, classes=self.classes)
+        with replacing(save_directory / "model.safetensors") as path:
+            save_file({k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}, path)
+        write_json(save_directory / "config.json", saved.model_dump(mode="json"))
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, source: str | Path, *, device: str | torch.device = "cpu", revision: str | None = None
+    ) -> "SpikingVAE":
+        """The model in a folder (config.json, model.safetensors) or a Hugging Face hub repository, in evaluation mode.
+
+        UserError where there is no such model, or its files are broken, foreign, or of another shape.
+        """
+        folder = Path(source) if Path(source).is_dir() else _from_hub(str(source), revision)
+        config_file, weights_file = folder / "config.json", folder / "model.safetensors"
+        saved = parse(SavedModel, read_json(config_file), str(config_file))
+        model = cls(saved.model, saved.image_shape, saved.classes)
+        try:
+            model.load_state_dict(load_file(weights_file))
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"cannot read {weights_file}: {error}; it is missing, truncated or no safetensors") from None
+        except RuntimeError as error:
+            first = str(error).splitlines()[1].strip()
+            raise UserError(f"{weights_file} does not fit {config_file}: {first}") from None
+        return model.to(device).eval()
+
+
+def _from_hub(repository: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+
+    wrong: Callable[[str], UserError] = lambda why: UserError(  # noqa: E731
+        f"{repository} is no run folder, no saved model, and no model on the Hugging Face hub ({why})"
+    )
+    if Path(repository).is_absolute() or repository.count("/") != 1:
+        raise wrong("a hub id is OWNER/NAME")
+    try:
+        files = ["config.json", "model.safetensors"]
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=files))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise wrong(str(error).splitlines()[0]) from None
