@@ -2,15 +2,21 @@
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import UInt8
+from torch import Tensor
 
 from spikegen.config import Config, dump_config, load_config
+from spikegen.data import to_model, to_uint8
+from spikegen.losses import reconstruction
+from spikegen.progress import progress_bar
 from spikegen.spec import UserError
 from spikegen.storage import read_json, replacing, write_text
-from spikegen.vae import SpikingVAE
+from spikegen.vae import SAMPLE_CHUNK, SpikingVAE
 
 
 class Run:
@@ -83,9 +89,21 @@ class Run:
         return sorted(f for f in self.checkpoints.glob("*.pt") if re.fullmatch(r"\d{12}\.pt", f.name))
 
 
-def open_run(source: str | Path, device: str | torch.device = "cpu") -> tuple[SpikingVAE, Config | None]:
+def pick_device(name: str) -> str:
+    """`auto` is cuda where there is one; UserError for `cuda` where there is none."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: no CUDA device is available; use --device cpu or auto")
+    return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def default_output(source: str, name: str) -> Path:
+    """Where a command writes when not told: in the run's folder, or here for a model from the hub."""
+    return Path(source, name) if Path(source).is_dir() else Path(name)
+
+
+def open_run(source: str | Path, device: str = "auto") -> tuple[SpikingVAE, Config | None]:
     """The model of a run folder, a saved model folder or a hub id, and the config where there is one."""
-    run = Run(source)
+    run, device = Run(source), pick_device(device)
     if not run.config_file.is_file():
         return SpikingVAE.from_pretrained(source, device=device), None
     config = run.config()
@@ -96,3 +114,25 @@ def open_run(source: str | Path, device: str | torch.device = "cpu") -> tuple[Sp
     if steps != config.model.num_steps:
         raise UserError(f"{run.config_file} has model.num_steps {config.model.num_steps}, but {saved} was trained with {steps}")
     return SpikingVAE.from_pretrained(run.model, device=device), config
+
+
+def generate(model: SpikingVAE, num: int, seed: int = 0, label: int | None = None) -> Iterator[UInt8[Tensor, "B C H W"]]:
+    """Samples 0 .. num-1 of a seed as uint8, a chunk at a time, under a progress bar."""
+    with progress_bar() as bar:
+        task = bar.add_task("sampling", total=num, info="")
+        for first in range(0, num, SAMPLE_CHUNK):
+            images = model.sample(min(SAMPLE_CHUNK, num - first), seed=seed, label=label, first=first)
+            bar.advance(task, len(images))
+            yield to_uint8(images.cpu())
+
+
+def reconstruct_test(
+    source: str, model: SpikingVAE, config: Config | None, num: int
+) -> tuple[UInt8[Tensor, "B C H W"], UInt8[Tensor, "B C H W"], float]:
+    """The first test images of a run, their reconstructions, and the mean squared error on [-1, 1]."""
+    if config is None:
+        raise UserError(f"{source} has no config.yaml that names its data; give a run folder")
+    images = config.data.load("test").images[:num]
+    copies = [model.reconstruct(to_model(part).to(model.device), seed=k).cpu() for k, part in enumerate(images.split(250))]
+    error = reconstruction(torch.cat(copies), to_model(images)).item()
+    return images, to_uint8(torch.cat(copies)), error

@@ -28,7 +28,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from spikegen.data import IMAGE_SUFFIXES, DataSpec, to_model, to_uint8
+from spikegen.data import IMAGE_SUFFIXES, DataSpec, Split, to_model, to_uint8
 from spikegen.extractors import Extractor, Features, default_extractor, load_extractor
 from spikegen.spec import UserError, suggest
 from spikegen.storage import replacing, user_mistakes
@@ -38,7 +38,7 @@ BATCH = 100  # images an extractor sees at once: Inception then needs under 2 GB
 RESAMPLES = 20
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000  # as torchmetrics and torch-fidelity have them
 
-Batches = Iterable[UInt8[Tensor, "B C H W"]]
+Batches = Iterable[UInt8[Tensor, "_ C H W"]]
 Reconstruct = Callable[[Tensor], Tensor]
 
 
@@ -272,7 +272,8 @@ def load_reference(reference: str, shape: Shape, data: DataSpec | None = None) -
         root = data.root if data and data.name != "folder" else None
         data = DataSpec(name=name, root=root, image_size=shape[1])
     data = data.model_copy(update={"image_size": shape[1], "train_limit": None})
-    return Reference(name, split or "test", data.load(split or "test").images, data)
+    chosen: Split = "train" if split == "train" else "test"
+    return Reference(name, chosen, data.load(chosen).images, data)
 
 
 def read_folder(path: Path, limit: int | None = None) -> UInt8[Tensor, "N C H W"]:
@@ -447,7 +448,7 @@ def inception_score(logits: Float[Tensor, "N k"], seed: int = 0) -> Interval:
     metric.update((logits.double() - logits.double().amax(1, keepdim=True)).clamp(min=-700).cpu())
     with _seeded(seed):
         mean, std = metric.compute()
-    return _interval(mean.item(), std.item() / parts**0.5, least=1.0)
+    return _interval(max(mean.item(), 1.0), std.item() / parts**0.5, least=1.0)
 
 
 def _splits(count: int) -> int:
@@ -463,7 +464,8 @@ def kernel_distance(generated: Float[Tensor, "N d"], real: Float[Tensor, "M d"],
     """
     size = min(KID_SUBSET_SIZE, len(generated), len(real))
     with _buffering():
-        metric = KernelInceptionDistance(_Given(generated.shape[1]), KID_SUBSETS, size)
+        subsets = 1 if size == len(generated) == len(real) else KID_SUBSETS  # else all would be the same
+        metric = KernelInceptionDistance(_Given(generated.shape[1]), subsets, size)
     metric.update(real.double(), real=True)
     metric.update(generated.double(), real=False)
     with _seeded(seed):

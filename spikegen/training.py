@@ -22,7 +22,7 @@ from spikegen.data import ImageSet, batch_indices, flip_mask, to_model, to_uint8
 from spikegen.kernels import choose
 from spikegen.plots import save_grid
 from spikegen.progress import progress_bar
-from spikegen.runs import Run
+from spikegen.runs import Run, pick_device
 from spikegen.spec import UserError
 from spikegen.storage import require_writable
 from spikegen.vae import SpikingVAE, VAEOutput
@@ -46,7 +46,7 @@ def train(config: Config, out: str | Path, *, resume: bool = False, device: str 
     in the config or the folder, Interrupted and Diverged.
     """
     run, settings = Run(out), config.training
-    accelerator = make_accelerator(device)
+    accelerator = Accelerator(cpu=pick_device(device) == "cpu")
     rank, ranks = accelerator.process_index, accelerator.num_processes
     if settings.batch_size % ranks:
         raise UserError(f"training.batch_size {settings.batch_size} is not divisible by {ranks} processes")
@@ -145,11 +145,11 @@ def build_model(config: Config, classes: tuple[str, ...]) -> SpikingVAE:
     return SpikingVAE(config.model, (config.data.image_channels(), size, size), classes)
 
 
-def make_accelerator(device: str) -> Accelerator:
-    """Accelerate's view of the processes and devices; UserError for `cuda` where there is none."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: no CUDA device is available; use --device cpu or auto")
-    return Accelerator(cpu=device == "cpu")
+def dry_run(config: Config) -> str:
+    """Build the model on the meta device, which takes no memory, and say how large it is."""
+    with torch.device("meta"):
+        model = build_model(config, config.data.class_names())
+    return f"{sum(p.numel() for p in model.parameters()):,} parameters; images {model.image_shape}; {len(model.classes)} classes"
 
 
 def loss_parts(output: VAEOutput, image: Tensor, label: Tensor | None, spec: LossesConfig) -> dict[str, Tensor]:

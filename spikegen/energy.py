@@ -1,0 +1,178 @@
+"""What an image costs: operations per layer, firing rates, joules (Attention-SNN, arXiv 2209.13929, section on energy)."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spikegen.attention import TCJA
+from spikegen.config import Config
+from spikegen.data import to_model
+from spikegen.kernels import choose
+from spikegen.neurons import LIF
+from spikegen.vae import SAMPLE_CHUNK, SpikingVAE
+
+MAC_PICOJOULES, AC_PICOJOULES = 4.6, 0.9  # 45 nm, float32 (Horowitz 2014), as the papers count
+
+
+@dataclass
+class LayerCost:
+    """One layer's totals over a measured call; `per_image` values are these over the number of images.
+
+    An operation is an accumulate (AC) where the layer's whole input is binary, else a multiply-accumulate (MAC);
+    zeros in the input cost nothing. Norms and neuron updates are not counted, as in the papers.
+    """
+
+    name: str
+    kind: str
+    macs: float = 0.0
+    acs: float = 0.0
+    inputs: float = 0.0
+    active: float = 0.0
+    neurons: int = 0
+    spikes: float = 0.0
+    steps: float = 0.0
+
+    @property
+    def picojoules(self) -> float:
+        """Energy of the counted operations."""
+        return MAC_PICOJOULES * self.macs + AC_PICOJOULES * self.acs
+
+    @property
+    def rate(self) -> float:
+        """Non-zero part of the input; for a neuron, spikes a neuron a step."""
+        return self.spikes / max(self.steps, 1) if self.kind == "LIF" else self.active / max(self.inputs, 1)
+
+
+@dataclass
+class Profile:
+    """Costs of every layer that ran, for `images` images."""
+
+    images: int
+    layers: dict[str, LayerCost] = field(default_factory=dict)
+
+    @property
+    def macs(self) -> float:
+        """Multiply-accumulates an image."""
+        return sum(c.macs for c in self.layers.values()) / self.images
+
+    @property
+    def acs(self) -> float:
+        """Accumulates an image."""
+        return sum(c.acs for c in self.layers.values()) / self.images
+
+    @property
+    def microjoules(self) -> float:
+        """Energy an image."""
+        return sum(c.picojoules for c in self.layers.values()) / self.images / 1e6
+
+    @property
+    def firing_rate(self) -> float:
+        """Spikes a neuron a step over all neurons (NASAR)."""
+        lifs = [c for c in self.layers.values() if c.kind == "LIF"]
+        return sum(c.spikes for c in lifs) / max(sum(c.steps for c in lifs), 1)
+
+
+@torch.no_grad()
+def measure(model: SpikingVAE, call: Callable[[], Any], images: int) -> Profile:
+    """Count what `call` makes the layers of `model` do; `images` is how many images it handles."""
+    profile, hooks = Profile(images), []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear | TCJA | LIF):
+            cost = LayerCost(name, type(module).__name__)
+            hooks.append(module.register_forward_hook(_counter(cost, profile)))
+            if isinstance(module, LIF):
+                _wrap_step(module, cost, profile)
+    try:
+        call()
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module in model.modules():
+            module.__dict__.pop("step", None)
+    return profile
+
+
+def _counter(cost: LayerCost, profile: Profile) -> Callable[[nn.Module, tuple[Tensor], Tensor], None]:
+    def count(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        profile.layers[cost.name] = cost
+        if isinstance(module, LIF):
+            _count_spikes(cost, output, output[0, 0].numel())
+            return
+        x = inputs[0]
+        active = x.count_nonzero().item()
+        cost.inputs, cost.active = cost.inputs + x.numel(), cost.active + active
+        if isinstance(module, TCJA):
+            cost.macs += _gate_macs(module, x) + active
+            return
+        done = dense_macs(module, x, output) * active / max(x.numel(), 1)
+        if bool(((x == 0) | (x == 1)).all()):
+            cost.acs += done
+        else:
+            cost.macs += done
+
+    return count
+
+
+def dense_macs(layer: nn.Module, x: Tensor, output: Tensor) -> int:
+    """Multiply-accumulates of a layer with no zero in its input."""
+    if isinstance(layer, nn.Linear):
+        return output.numel() * layer.in_features
+    if isinstance(layer, nn.ConvTranspose2d):
+        return x.numel() * layer.out_channels * math.prod(layer.kernel_size)
+    assert isinstance(layer, nn.Conv2d)
+    return output.numel() * layer.in_channels * math.prod(layer.kernel_size)
+
+
+def _gate_macs(block: TCJA, x: Tensor) -> int:
+    """TLA's C^2 K_T T and CLA's T^2 K_C C for each image of [T, B, C, ...]."""
+    steps, images, channels = x.shape[:3]
+    tla = block.tla.weight.numel() * steps if block.tla is not None else 0
+    cla = block.cla.weight.numel() * channels if block.cla is not None else 0
+    return images * (tla + cla)
+
+
+def _count_spikes(cost: LayerCost, spikes: Tensor, neurons: int) -> None:
+    cost.neurons = neurons
+    cost.spikes += spikes.sum().item()
+    cost.steps += spikes.numel()
+
+
+def _wrap_step(module: LIF, cost: LayerCost, profile: Profile) -> None:
+    """Count the neurons that are stepped one time step at a time, past the forward hooks."""
+    step = module.step
+
+    def counted(current: Tensor, mem: Tensor | None) -> tuple[Tensor, Tensor]:
+        spikes, mem = step(current, mem)
+        profile.layers[cost.name] = cost
+        _count_spikes(cost, spikes, spikes[0].numel())
+        return spikes, mem
+
+    module.__dict__["step"] = counted
+
+
+def report(model: SpikingVAE, config: Config | None, images: int = 64) -> str:
+    """The text of `spikegen profile`: a table for sampling, the totals for reconstruction, and the parameters.
+
+    Reconstruction is measured on test images where the run's config names its data, else on samples.
+    """
+    sampling = measure(model, lambda: model.sample(SAMPLE_CHUNK), SAMPLE_CHUNK)
+    if config is not None:
+        batch = to_model(config.data.load("test").images[:images].to(model.device))
+    else:
+        batch = model.sample(images)
+    reconstruction = measure(model, lambda: model.reconstruct(batch), len(batch))
+    lines = [f"{'layer':<28}{'kind':<17}{'rate':>7}{'kMACs':>11}{'kACs':>11}{'nJ':>10}   an image sampled"]
+    for cost in sampling.layers.values():
+        macs, acs, energy = (v / sampling.images / 1e3 for v in (cost.macs, cost.acs, cost.picojoules))
+        lines.append(f"{cost.name:<28}{cost.kind:<17}{cost.rate:>7.3f}{macs:>11.1f}{acs:>11.1f}{energy:>10.1f}")
+    for name, profile in (("sampling", sampling), ("reconstruction", reconstruction)):
+        lines.append(
+            f"{name}: {profile.macs / 1e6:.3f} M MACs + {profile.acs / 1e6:.3f} M ACs = {profile.microjoules:.2f} "
+            f"microjoules an image at {MAC_PICOJOULES} and {AC_PICOJOULES} pJ; {profile.firing_rate:.3f} spikes a neuron a step"
+        )
+    lines.append(f"parameters: {sum(p.numel() for p in model.parameters()):,}; engine: {choose(model.config.engine)}")
+    return "\n".join(lines)

@@ -1,0 +1,196 @@
+"""The extractors see what they say they see, and only weights that are weights are read."""
+
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+from spikegen import extractors
+from spikegen.data import DataSpec
+from spikegen.extractors import CNN_SIZES, default_extractor, load_extractor, read_weights, weights_hash
+from spikegen.spec import UserError
+
+AT_LEAST = {"digits": 0.98, "mnist": 0.99, "fashion_mnist": 0.91}
+ASSETS = Path(extractors.__file__).parent / "assets"
+
+
+def accuracy(name: str, root: Path | None) -> float:
+    test = DataSpec(name=name, root=root, image_size=CNN_SIZES[name]).load("test")
+    extractor = load_extractor("cnn", name, "cpu")
+    with torch.no_grad():
+        parts = [extractor(part.expand(-1, 3, -1, -1)).logits.argmax(1) for part in test.images.split(500)]
+    return (torch.cat(parts) == test.labels).float().mean().item()
+
+
+@pytest.fixture(scope="module")
+def inception(tmp_path_factory) -> tuple[Path, FeatureExtractorInceptionV3]:
+    """Random weights of Inception's shape as .pth, and torch-fidelity's own network that read them."""
+    path = tmp_path_factory.mktemp("inception") / "weights.pth"
+    with pytest.MonkeyPatch.context() as patch:
+        module = "torch_fidelity.feature_extractor_inceptionv3"
+        patch.setattr(f"{module}.load_state_dict_from_url", lambda *_, **__: {})
+        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
+        torch.manual_seed(0)
+        torch.save(FeatureExtractorInceptionV3("random", ["2048"]).state_dict(), path)
+    network = FeatureExtractorInceptionV3(
+        "theirs", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(path)
+    )
+    return path, network
+
+
+# ---- the shipped classifiers ---------------------------------------------------------------------------
+
+
+def test_the_digits_classifier_is_as_good_as_it_says():
+    assert accuracy("digits", None) >= AT_LEAST["digits"]
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion_mnist"])
+def test_the_other_classifiers_are_as_good_as_they_say(name, real_data):
+    measured = accuracy(name, real_data)
+    with safe_open(ASSETS / f"cnn_{name}.safetensors", "pt") as file:
+        assert abs(measured - float(file.metadata()["test_accuracy"])) < 0.002
+    assert measured >= AT_LEAST[name]
+
+
+@pytest.mark.parametrize("name", CNN_SIZES)
+def test_shipped_weights_are_small_and_say_where_they_came_from(name):
+    path = ASSETS / f"cnn_{name}.safetensors"
+    assert path.stat().st_size < 400_000
+    with safe_open(path, "pt") as file:
+        said = file.metadata()
+    assert said["data"] == name
+    assert said["image_size"] == str(CNN_SIZES[name])
+    assert f"train_cnn.py {name}" in said["command"]
+
+
+def test_an_image_has_the_same_features_in_any_batch():
+    images = torch.randint(0, 256, (5, 3, 20, 20), dtype=torch.uint8)
+    extractor = load_extractor("cnn", "mnist", "cpu")
+    together = extractor(images)
+    assert together.features.shape == (5, extractor.dim)
+    torch.testing.assert_close(extractor(images[2:3]).features, together.features[2:3])
+
+
+def test_settings_name_everything_that_makes_a_score():
+    settings = load_extractor("cnn", "digits", "cpu").settings()
+    assert set(settings) == {"name", "weights_sha256", "resize", "antialias", "dim"}
+    assert len(settings["weights_sha256"]) == 64
+    assert settings != load_extractor("cnn", "mnist", "cpu").settings()
+
+
+def test_the_default_is_the_small_one_where_there_is_one():
+    assert [default_extractor(name) for name in ("mnist", "cifar10")] == ["cnn", "inception"]
+
+
+# ---- Inception -----------------------------------------------------------------------------------------
+
+
+def test_inception_is_torch_fidelitys_network_from_either_format(inception, tmp_path):
+    path, theirs = inception
+    converted = tmp_path / "weights.safetensors"
+    save_file(torch.load(path, weights_only=True), converted)
+    images = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
+    features, logits = theirs(images)
+    hashes = set()
+    for file in (path, converted):
+        ours = load_extractor(f"inception:{file}", "cifar10", "cpu")
+        seen = ours(images)
+        assert torch.equal(seen.features, features)
+        assert torch.equal(seen.logits, logits)
+        assert ours.settings()["antialias"] is False
+        hashes.add(ours.settings()["weights_sha256"])
+    assert len(hashes) == 1
+
+
+def test_offline_the_error_names_every_way_out(monkeypatch, tmp_path):
+    def offline(*_, **__):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    with pytest.raises(
+        UserError, match=r"connect once.*--extractor inception:PATH.*--extractor cnn"
+    ) as error:
+        load_extractor("inception", "cifar10", "cpu")
+    assert "\n" not in str(error.value)
+
+
+def test_a_download_is_checked_and_kept_where_torch_keeps_its_own(monkeypatch, tmp_path, inception):
+    asked = []
+
+    def download(url, path, prefix, progress):
+        asked.append(prefix)
+        Path(path).write_bytes(inception[0].read_bytes())
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    load_extractor("inception", "cifar10", "cpu")
+    load_extractor("inception", "cifar10", "cpu")
+    assert asked == ["6726825d"]
+
+
+# ---- files that are no weights -------------------------------------------------------------------------
+
+
+class Bomb:
+    def __reduce__(self):
+        return (pytest.fail, ("unpickled a stranger's object",))
+
+
+def broken(kind: str, folder: Path, sound: Path) -> Path:
+    path = folder / "w.pth"
+    if kind == "truncated":
+        path.write_bytes(sound.read_bytes()[:100_000])
+    elif kind == "text":
+        path.write_text("not weights")
+    elif kind == "empty":
+        path.touch()
+    elif kind == "code":
+        path.write_bytes(pickle.dumps({"fc.weight": Bomb()}))
+    elif kind == "list":
+        torch.save([torch.zeros(1)], path)
+    elif kind == "other network":
+        torch.save({"weight": torch.zeros(1)}, path)
+    elif kind == "safetensors":
+        path = folder / "w.safetensors"
+        path.write_bytes(b"\x10\0\0\0\0\0\0\0{")
+    elif kind == "folder":
+        path.mkdir()
+    return path
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["truncated", "text", "empty", "code", "list", "other network", "safetensors", "folder", "absent"],
+)
+def test_a_file_that_is_no_weights_is_named_in_one_line(kind, tmp_path, inception):
+    path = broken(kind, tmp_path, inception[0])
+    with pytest.raises(UserError) as error:
+        load_extractor(f"inception:{path}", "cifar10", "cpu")
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["cnm", "", "cnn:mnist", "vgg"])
+def test_an_unknown_extractor_is_a_mistake_of_the_user(name):
+    with pytest.raises(UserError, match="cnn"):
+        load_extractor(name, "mnist", "cpu")
+
+
+def test_a_set_without_a_classifier_is_told_which_have_one():
+    with pytest.raises(UserError, match="cifar10.*digits, mnist, fashion_mnist.*inception"):
+        load_extractor("cnn", "cifar10", "cpu")
+
+
+def test_read_weights_and_hash_do_not_depend_on_the_format(tmp_path):
+    state = {"a": torch.randn(3), "b": torch.tensor(2)}
+    torch.save(state, tmp_path / "w.pth")
+    save_file(state, tmp_path / "w.safetensors")
+    one, other = read_weights(tmp_path / "w.pth"), read_weights(tmp_path / "w.safetensors")
+    assert weights_hash(one) == weights_hash(other) == weights_hash(state)
+    assert weights_hash(state | {"b": torch.tensor(3)}) != weights_hash(state)
