@@ -4,23 +4,28 @@ import warnings
 from pathlib import Path
 
 import click
-
 from spikegen.cli import device
 
 
 @click.command()
 @click.argument("source")
-@click.option("--reference", help="NAME or NAME:train of a data set, or a folder.  [default: the run's test split]")
+@click.option(
+    "--reference", help="NAME or NAME:train of a data set, or a folder.  [default: the run's test split]"
+)
 @click.option("--metrics", help="Comma-separated: fid,fid_floor,is,kid,mse,accuracy.  [default: the run's]")
 @click.option("--num", type=click.IntRange(min=2), help="How many images to generate.  [default: the run's]")
 @click.option("--extractor", help="cnn, inception or inception:PATH.  [default: the run's]")
-@click.option("--out", type=click.Path(path_type=Path), help="Where to write JSON.  [default: SOURCE/scores.json]")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Where to write JSON.  [default: SOURCE/scores.json of a run, else ./scores.json]",
+)
 @device
 def command(
     source: str, reference: str | None, metrics: str | None, num: int | None, extractor: str | None,
     out: Path | None, device: str,
 ) -> None:  # fmt: skip
-    """Score SOURCE, a RUN or a folder of images, against real images."""
+    """Score SOURCE, a run, a saved model or a folder of images, against real images."""
     from spikegen.runs import pick_device, scores_path
     from spikegen.scoring import score
     from spikegen.storage import require_writable, write_json

@@ -190,7 +190,7 @@ def _downloaded_inception() -> Path:
         raise UserError(
             f"extractor inception: its weights are not in {path.parent} and cannot be downloaded "
             f"({_line(error)}); connect once, or fetch {URL_INCEPTION_V3} elsewhere and give "
-            f"--extractor inception:PATH (for {', '.join(CNN_SIZES)} there is --extractor cnn, which needs no download)"
+            f"--extractor inception:PATH ({', '.join(CNN_SIZES)} also have --extractor cnn, no download)"
         ) from None
     return path
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from spikegen.kernels import Engine
 from spikegen.neurons import LIFSpec
 from spikegen.spec import Spec, UserError
-from spikegen.stages import Stage, dense_stage
+from spikegen.stages import Stage, ThresholdNorm, dense_stage, fold_time
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,9 @@ class BernoulliSpec(Spec):
     """k spiking candidates a bit, of which one is drawn; posterior and prior are spiking networks stepped in time.
 
     Scheduled sampling feeds the prior its own bits: from step `scheduled_from` (0-based) on, with a probability that
-    rises over training from the first to the second number of `scheduled`.
+    rises over training from the first to the second number of `scheduled`. `shortcut` (not in the paper) adds a
+    current straight from the encoder's features to every candidate of q, past its spiking layers: a membrane
+    shortcut as in MS-ResNet, with which a posterior learns in a fraction of the images.
     """
 
     kind: Literal["bernoulli"] = "bernoulli"
@@ -41,6 +43,7 @@ class BernoulliSpec(Spec):
     candidates: int = Field(20, ge=1)
     scheduled_from: int = Field(5, ge=0)
     scheduled: tuple[float, float] = (0.1, 0.3)
+    shortcut: bool = False
     label_size: int = Field(32, ge=1)
 
     def build(self, features: int, neuron: LIFSpec, engine: Engine, num_labels: int) -> "Bernoulli":
@@ -65,6 +68,9 @@ class Bernoulli(nn.Module):
             )
 
         self.posterior = network(2 * size)
+        self.shortcut = nn.Sequential(
+            nn.Linear(features, size), ThresholdNorm(size, 2.0 * neuron.mean_threshold)
+        ) if spec.shortcut else None
         self.prior = network(size + (spec.label_size if num_labels else 0))
 
     def expand_stage(self, features: int) -> Stage:
@@ -78,10 +84,11 @@ class Bernoulli(nn.Module):
     def infer(self, features: Float[Tensor, "T B F"], uniform: Float[Tensor, "T B D"]) -> Posterior:
         """Draw z from the encoder's spikes."""
         encoded, _ = self.project(features)
-        spikes, rate = self._draw_posterior(encoded, uniform)
+        direct = self._direct(features)
+        spikes, rate = self._draw_posterior(encoded, direct, uniform)
         if self.training:
             # The stepped pass fixed z_<t; this one, parallel in time, has the batch statistics and the gradient.
-            out = _network(self.posterior, torch.cat([encoded, _previous(spikes)], -1))
+            out = _network(self.posterior, torch.cat([encoded, _previous(spikes)], -1), direct)
             spikes, rate = self._pick(out, uniform)
         return Posterior(spikes, rate)
 
@@ -106,11 +113,14 @@ class Bernoulli(nn.Module):
         return torch.stack(drawn)
 
     @torch.no_grad()
-    def _draw_posterior(self, encoded: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    def _draw_posterior(
+        self, encoded: Tensor, direct: Tensor | None, uniform: Tensor
+    ) -> tuple[Tensor, Tensor]:
         mems: list[Tensor | None] = [None] * len(self.posterior)
         z, drawn = torch.zeros_like(encoded[0]), []
-        for x, u in zip(encoded, uniform, strict=True):
-            z, rate = self._pick(_step(self.posterior, torch.cat([x, z], -1), mems), u)
+        for t, (x, u) in enumerate(zip(encoded, uniform, strict=True)):
+            now = None if direct is None else direct[t]
+            z, rate = self._pick(_step(self.posterior, torch.cat([x, z], -1), mems, now), u)
             drawn.append((z, rate))
         spikes, rates = zip(*drawn, strict=True)
         return torch.stack(spikes), torch.stack(rates)
@@ -131,6 +141,12 @@ class Bernoulli(nn.Module):
             rate = self._candidates(_step(self.prior, self._with_label(z, label), mems)).mean(-1)
             z = (rate + 1e-3 * torch.randn_like(rate) > 0.5).to(own.dtype) if coin else own
         return torch.stack(inputs)
+
+    def _direct(self, features: Tensor) -> Tensor | None:
+        """The shortcut's current to each candidate, [T, B, D*k]."""
+        if self.shortcut is None:
+            return None
+        return fold_time(self.shortcut, features).repeat_interleave(self.spec.candidates, -1)
 
     def _with_label(self, z: Tensor, label: Tensor | None) -> Tensor:
         if self.label is None:
@@ -155,15 +171,22 @@ def _previous(z: Tensor) -> Tensor:
     return torch.cat([torch.zeros_like(z[:1]), z[:-1]]).detach()
 
 
-def _network(stages: nn.ModuleList, x: Tensor) -> Tensor:
-    for stage in stages:
+def _network(stages: nn.ModuleList, x: Tensor, direct: Tensor | None = None) -> Tensor:
+    """All stages on [T, B, D]; `direct` is added to the last one's current."""
+    *hidden, last = stages
+    for stage in hidden:
         x, _ = stage(x)
-    return x
+    assert isinstance(last, Stage)
+    current = fold_time(last.current, x)
+    return last.fire(current if direct is None else current + direct)[0]
 
 
-def _step(stages: nn.ModuleList, x: Tensor, mems: list[Tensor | None]) -> Tensor:
+def _step(
+    stages: nn.ModuleList, x: Tensor, mems: list[Tensor | None], direct: Tensor | None = None
+) -> Tensor:
     """One step through all stages; `mems` is the carried state, updated in place."""
     for i, stage in enumerate(stages):
         assert isinstance(stage, Stage)
-        x, mems[i] = stage.step(x, mems[i])
+        last = i == len(stages) - 1
+        x, mems[i] = stage.step(x, mems[i], direct if last else None)
     return x

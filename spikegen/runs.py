@@ -101,6 +101,12 @@ def default_output(source: str, name: str) -> Path:
     return Path(source, name) if Path(source).is_dir() else Path(name)
 
 
+def scores_path(source: str) -> Path:
+    """Where scores go when not told: in a run's folder, else here: other sources are not ours to write into."""
+    run = Run(source)
+    return run.scores_file if run.config_file.is_file() else Path(run.scores_file.name)
+
+
 def open_run(source: str | Path, device: str = "auto") -> tuple[SpikingVAE, Config | None]:
     """The model of a run folder, a saved model folder or a hub id, and the config where there is one."""
     run, device = Run(source), pick_device(device)

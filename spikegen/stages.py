@@ -85,9 +85,15 @@ class Stage(nn.Module):
         spikes = self.neuron(current)
         return (spikes if self.attention is None else self.attention(spikes)), spikes.mean()
 
-    def step(self, x: Float[Tensor, "B *n"], mem: Tensor | None) -> tuple[Float[Tensor, "B *m"], Tensor]:
-        """One time step under running statistics, without gradient or attention: (spikes, membrane to carry)."""
-        return self.neuron.step(self.norm.running(self.layer(x)), mem)
+    def step(
+        self, x: Float[Tensor, "B *n"], mem: Tensor | None, direct: Tensor | None = None
+    ) -> tuple[Float[Tensor, "B *m"], Tensor]:
+        """One time step under running statistics, without gradient or attention: (spikes, membrane to carry).
+
+        `direct` is added to the current.
+        """
+        current = self.norm.running(self.layer(x))
+        return self.neuron.step(current if direct is None else current + direct, mem)
 
 
 def down_stage(

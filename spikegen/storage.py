@@ -27,7 +27,8 @@ def replacing(path: Path) -> Iterator[Path]:
                 os.fsync(f.fileno())
             os.replace(beside, path)
     finally:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

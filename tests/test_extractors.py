@@ -183,7 +183,7 @@ def test_an_unknown_extractor_is_a_mistake_of_the_user(name):
 
 
 def test_a_set_without_a_classifier_is_told_which_have_one():
-    with pytest.raises(UserError, match="cifar10.*digits, mnist, fashion_mnist.*inception"):
+    with pytest.raises(UserError, match=r"cifar10.*digits, mnist, fashion_mnist.*inception"):
         load_extractor("cnn", "cifar10", "cpu")
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import warnings
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -13,12 +14,14 @@ from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metri
 from torch_fidelity.metric_kid import mmd2
 
 from spikegen import scoring
+from spikegen.config import ScoringConfig, load_config
 from spikegen.data import DataSpec, to_uint8
 from spikegen.extractors import Extractor, Features, load_extractor
 from spikegen.scoring import (
     Interval,
     Reference,
     ScoreWarning,
+    accuracy,
     frechet_distance,
     inception_score,
     kernel_distance,
@@ -30,6 +33,7 @@ from spikegen.scoring import (
     statistics_of,
 )
 from spikegen.spec import UserError
+from spikegen.training import build_model
 
 
 def normal(count: int, mean: torch.Tensor, cov: torch.Tensor, seed: int) -> torch.Tensor:
@@ -110,12 +114,12 @@ def test_fid_is_zero_of_itself_and_symmetric():
 
 def test_fid_interval_is_seeded_and_covers_new_draws():
     real = statistics_of(torch.randn(2000, 4, generator=torch.Generator().manual_seed(9)))
-    draws = [torch.randn(400, 4, generator=torch.Generator().manual_seed(k)) * 1.5 + 1 for k in range(40)]
+    draws = [torch.randn(400, 4, generator=torch.Generator().manual_seed(k)) * 1.5 + 1 for k in range(20)]
     values = [frechet_distance(draw, real, seed=1) for draw in draws]
     assert values[0] == frechet_distance(draws[0], real, seed=1)
     assert values[0] != frechet_distance(draws[0], real, seed=2)
     centre = np.mean([v.value for v in values])
-    assert sum(v.low <= centre <= v.high for v in values) >= 32  # 38 expected; 20 resamples are few
+    assert sum(v.low <= centre <= v.high for v in values) >= 15  # 19 expected; 20 resamples are few
 
 
 # ---- IS and KID ----------------------------------------------------------------------------------------
@@ -324,7 +328,7 @@ def test_other_modes_are_read_as_grey_or_rgb(tmp_path):
 
 
 def test_a_bad_folder_is_named(tmp_path):
-    with pytest.raises(UserError, match="cannot read .*absent"):
+    with pytest.raises(UserError, match=r"cannot read .*absent"):
         read_folder(tmp_path / "absent")
     with pytest.raises(UserError, match="holds no images"):
         read_folder(tmp_path)
@@ -388,5 +392,25 @@ def test_the_uint8_step_is_the_stated_one():
     assert torch.equal(to_uint8(x), ((x + 1) / 2 * 255).round().clamp(0, 255).to(torch.uint8))
 
 
-def test_every_metric_is_offered():
-    assert scoring.METRICS == ("fid", "is", "kid", "mse", "fid_floor")
+def test_accuracy_is_the_fraction_right():
+    labels = torch.tensor([0, 1, 1, 1])
+    found = accuracy(lambda x: torch.eye(2)[torch.ones(len(x)).long()], noise(4), labels, 3)
+    assert (found.value, found.high) == (0.75, 1.0)
+
+
+def test_every_metric_a_config_may_name_is_offered():
+    assert set(scoring.METRICS) == set(
+        get_args(get_args(ScoringConfig.model_fields["metrics"].annotation)[0])
+    )
+
+
+def test_a_model_is_scored_with_every_metric():
+    torch.manual_seed(0)
+    config = load_config("digits")
+    model = build_model(config, tuple("0123456789"))
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        patch.setattr(scoring, "open_run", lambda *_: (model.eval(), config))
+        warnings.simplefilter("ignore", ScoreWarning)
+        found = score("run", num=20)
+    assert {"fid", "fid_floor", "is", "mse"} <= set(found.metrics)
+    assert found.table().startswith("fid ")

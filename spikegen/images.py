@@ -1,0 +1,45 @@
+"""Images as uint8 tensors [N, C, H, W] of grey levels, as the model's floats, and with their labels."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int64, UInt8
+from torch import Tensor
+from torch.nn import functional as F
+
+Split = Literal["train", "test"]
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images (uint8, 0..255), their labels, and the labels' names: no `classes` where there are no labels."""
+
+    images: UInt8[Tensor, "N C H W"]
+    labels: Int64[Tensor, "N"] | None
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+def resize(images: UInt8[Tensor, "N C H W"], size: int) -> UInt8[Tensor, "N C size size"]:
+    """Resize to size x size: bilinear, antialiased, within one grey level of Pillow's.
+
+    An image of that size already is unchanged. It stays in uint8 throughout, on the CPU (only there is
+    a uint8 kernel), and so needs little memory.
+    """
+    if images.shape[2:] == (size, size):
+        return images
+    resized = F.interpolate(images.cpu(), size=(size, size), mode="bilinear", antialias=True)
+    return resized.contiguous().to(images.device)
+
+
+def to_model(images: UInt8[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Pixels 0..255 as the model's float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(images: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
+    """The model's [-1, 1] as pixels: x in [0, 1] becomes (x*255).round().clamp(0, 255). Undoes `to_model`."""
+    return ((images.float() + 1) / 2 * 255).round().clamp(0, 255).to(torch.uint8)

@@ -1,0 +1,266 @@
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from spikegen import cli, train
+from spikegen.runs import Run
+from tests.tiny import tiny_config, tiny_flags
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(tiny_config(), tmp_path_factory.mktemp("runs") / "run", device="cpu")
+
+
+@pytest.fixture
+def spikegen(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):  # noqa: ANN201
+    """Call the command line in this process: (exit code, stdout, stderr)."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["spikegen", *map(str, arguments)])
+        with pytest.raises(SystemExit) as left:
+            cli.entry()
+        out = capsys.readouterr()
+        return int(left.value.code or 0), out.out, out.err
+
+    return call
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-c", "from spikegen.cli import entry; entry()", *map(str, arguments)]
+
+
+# ---- what works ------------------------------------------------------------------------------------------------------
+
+
+def test_help_lists_the_verbs_without_importing_torch() -> None:
+    code = "import sys, spikegen.cli as c\ntry: c.entry()\nfinally: print('torch' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=True).stdout
+    assert all(verb in out for verb in cli.COMMANDS)
+    assert out.splitlines()[-1] == "False"
+
+
+def test_configs_lists_every_preset(spikegen) -> None:
+    code, out, _ = spikegen("configs")
+    assert code == 0
+    assert {line.split()[0] for line in out.splitlines()} >= {"digits", "mnist", "fsvae_mnist", "tcja_celeba"}
+
+
+def test_a_dry_run_prints_a_config_that_loads(spikegen, tmp_path: Path) -> None:
+    code, out, err = spikegen("train", "digits", "--set", "training.epochs=7", "--dry-run")
+    assert code == 0
+    assert "parameters" in err
+    (tmp_path / "c.yaml").write_text(out)
+    again = spikegen("train", tmp_path / "c.yaml", "--dry-run")
+    assert again[1] == out
+    assert "epochs: 7" in out
+
+
+def test_train_prints_the_run_and_nothing_else_on_stdout(spikegen, tmp_path: Path) -> None:
+    code, out, err = spikegen("train", "digits", *tiny_flags(), "--out", tmp_path / "run", "--device", "cpu")
+    assert (code, out, err) == (0, f"{tmp_path / 'run'}\n", "")
+
+
+def test_sample_is_a_function_of_run_seed_and_index(spikegen, run: Path, tmp_path: Path) -> None:
+    for name, num in (("a", 3), ("b", 70)):
+        code, out, _ = spikegen("sample", run, "--num", num, "--seed", 5, "--images", tmp_path / name)
+        assert (code, out) == (0, f"{tmp_path / name}\n")
+    files = [sorted((tmp_path / name).iterdir()) for name in ("a", "b")]
+    assert [f.name for f in files[1]] == [f"{k:06d}.png" for k in range(70)]
+    assert all(a.read_bytes() == b.read_bytes() for a, b in zip(files[0], files[1], strict=False))
+    other = tmp_path / "c"
+    spikegen("sample", run, "--num", 3, "--seed", 6, "--images", other)
+    assert any((other / f.name).read_bytes() != f.read_bytes() for f in files[0])
+
+
+def test_sample_writes_a_grid_by_default_into_the_run(spikegen, run: Path) -> None:
+    code, out, _ = spikegen("sample", run, "--num", 4, "--label", 3)
+    assert (code, out) == (0, f"{run / 'samples.png'}\n")
+    with Image.open(run / "samples.png") as grid:
+        assert grid.size == (38, 38)
+
+
+def test_reconstruct_reports_the_error_of_what_it_drew(spikegen, run: Path) -> None:
+    code, out, _ = spikegen("reconstruct", run, "--num", 8)
+    assert code == 0
+    assert (run / "reconstructions.png").is_file()
+    assert re.search(r"mean squared error .*: 0\.\d{4}", out)
+
+
+def test_a_saved_model_folder_samples_too(spikegen, run: Path, tmp_path: Path) -> None:
+    code, _, _ = spikegen("sample", run / "model", "--num", 2, "--out", tmp_path / "g.png")
+    assert code == 0
+    code, _, err = spikegen("reconstruct", run / "model", "--out", tmp_path / "r.png")
+    assert code == 2
+    assert "config.yaml" in err
+
+
+def test_profile_counts_parameters_operations_and_energy(spikegen, run: Path) -> None:
+    code, out, _ = spikegen("profile", run)
+    assert code == 0
+    assert all(word in out for word in ("parameters:", "MACs", "ACs", "microjoules", "sampling:", "engine: torch"))
+
+
+# ---- what a user can get wrong: one line, exit code 2, nothing harmed ---------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["trian"], "No such command"),
+        (["train", "mnsit"], "did you mean mnist?"),
+        (["train", "digits", "--set", "training.epcohs=1"], "did you mean epochs?"),
+        (["train", "digits", "--set", "model.attention.kind=tcj"], "did you mean tcja?"),
+        (["train", "digits", "--set", "training.batch_size=0"], "training.batch_size"),
+        (["train", "digits", "--set", "data.image_size=17", "--dry-run"], "multiple of 4"),
+        (["train", "digits", "--resume", "--out", "none"], "none is no run"),
+        (["train", "mnist", "--set", "data.download=false"], "data.root"),
+        (["train", "digits", "--device", "tpu"], "--device"),
+        (["sample", "nowhere"], "nowhere is no run folder"),
+        (["sample", "{run}", "--num", "0"], "--num"),
+        (["sample", "{run}", "--num", "x"], "--num"),
+        (["sample", "{run}", "--seed", "-1"], "--seed"),
+        (["sample", "{run}", "--label", "10"], "label 10 is out of range: 0 to 9"),
+        (["sample", "{run}", "--label", "-1"], "label -1 is out of range"),
+        (["sample", "{run}", "--out", "grid.xyz"], "ends in .png"),
+        (["sample", "{run}", "--out", "{file}/grid.png"], "cannot write"),
+        (["sample", "{run}", "--images", "{run}"], "not empty"),
+        (["reconstruct", "{run}", "--num", "0"], "--num"),
+        (["profile", "{file}"], "is no run folder"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(
+    spikegen, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], line: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    before = {f: f.read_bytes() for f in run.rglob("*") if f.is_file()}
+    code, out, err = spikegen(*(a.format(run=run, file=tmp_path / "file") for a in arguments))
+    assert (code, out) == (2, "")
+    assert line in err
+    assert err.startswith("Error: ")
+    assert err.count("\n") == 1
+    assert before == {f: f.read_bytes() for f in run.rglob("*") if f.is_file()}
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["file"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has CUDA")
+@pytest.mark.parametrize("verb", ["sample", "reconstruct", "profile", "train"])
+def test_cuda_where_there_is_none(spikegen, run: Path, tmp_path: Path, verb: str) -> None:
+    out = ["--out", str(tmp_path / "x.png")] if verb != "profile" else []
+    code, _, err = spikegen(verb, "digits" if verb == "train" else run, "--device", "cuda", *out)
+    assert code == 2
+    assert "no CUDA device" in err
+
+
+def test_an_existing_run_without_resume(spikegen, run: Path) -> None:
+    code, _, err = spikegen("train", "digits", *tiny_flags(), "--out", run)
+    assert code == 2
+    assert "--resume" in err
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "line"),
+    [
+        ("model/model.safetensors", lambda b: b[:500], "truncated"),
+        ("model/model.safetensors", lambda b: b"", "truncated"),
+        ("model/config.json", lambda b: b[:-20], "not JSON"),
+        ("model/config.json", lambda b: b.replace(b'"image_shape"', b'"extra": 1, "image_shape"'), "extra is not a key"),
+        ("model/config.json", lambda b: b.replace(b'"size": 8', b'"size": 9'), "does not fit"),
+        ("config.yaml", lambda b: b.replace(b"num_steps: 2", b"num_steps: 3"), "num_steps 3, but"),
+        ("config.yaml", lambda b: b"model: [", "not YAML"),
+    ],
+)
+def test_a_damaged_run_is_named(spikegen, tmp_path: Path, run: Path, file: str, damage, line: str) -> None:
+    import shutil
+
+    broken = tmp_path / "broken"
+    shutil.copytree(run, broken)
+    (broken / file).write_bytes(damage((run / file).read_bytes()))
+    code, _, err = spikegen("sample", broken)
+    assert code == 2
+    assert line in err
+    assert err.count("\n") == 1
+
+
+def test_a_foreign_safetensors_is_refused(spikegen, tmp_path: Path, run: Path) -> None:
+    import shutil
+
+    from safetensors.torch import save_file
+
+    shutil.copytree(run, tmp_path / "other")
+    save_file({"w": torch.zeros(3)}, tmp_path / "other" / "model" / "model.safetensors")
+    code, _, err = spikegen("sample", tmp_path / "other")
+    assert code == 2
+    assert "does not fit" in err
+
+
+# ---- signals and disks -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_exits_with_130(tmp_path: Path, signum: signal.Signals) -> None:
+    flags = [*tiny_flags(), "--set", "training.epochs=10000", "--device", "cpu", "--out", str(tmp_path / "run")]
+    process = subprocess.Popen(command("train", "digits", *flags), stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 120
+    while not (tmp_path / "run" / "metrics.jsonl").exists() and time.time() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signum)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "--resume" in err
+    state = Run(tmp_path / "run").load_checkpoint(torch.device("cpu"))
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    assert state["images_seen"] >= max(row["images_seen"] for row in rows)
+
+
+def test_a_disk_that_fills_while_saving_leaves_the_last_checkpoint(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    flags = [*tiny_flags(), "--device", "cpu", "--out", str(run)]
+    code = (
+        "import spikegen.training as t\nreal = t.loss_parts\ncalls = []\n"
+        "def f(*a):\n calls.append(0)\n import os, signal\n"
+        " if len(calls) == 3: os.kill(os.getpid(), signal.SIGTERM)\n return real(*a)\n"
+        "t.loss_parts = f\nfrom spikegen.cli import entry\nentry()"
+    )
+    stopped = subprocess.run([sys.executable, "-c", code, "train", "digits", *flags], capture_output=True, check=False)
+    assert stopped.returncode == 130
+    before = {f.name: f.read_bytes() for f in (run / "checkpoints").iterdir()}
+    limit = len(next(iter(before.values()))) // 2
+    full = subprocess.run(
+        command("train", "digits", *flags, "--resume"),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert full.returncode == 1
+    assert full.stderr.splitlines()[-1].startswith("Error: cannot save")
+    assert {f.name: f.read_bytes() for f in (run / "checkpoints").iterdir()} == before
+    assert not list(run.rglob("*.part"))
+    again = subprocess.run(command("train", "digits", *flags, "--resume"), capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_run(tmp_path: Path) -> None:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--no-python"]
+    done = subprocess.run(
+        [*launch, *command("train", "digits", *tiny_flags(), "--device", "cpu", "--out", tmp_path / "run")],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert Run(tmp_path / "run").load_checkpoint(torch.device("cpu"))["images_seen"] == 208

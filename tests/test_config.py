@@ -1,0 +1,160 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from spikegen import Config, UserError, load_config
+from spikegen.config import dump_config, presets
+from spikegen.training import dry_run
+
+PAPER = [f"{paper}_{data}" for paper in ("fsvae", "tcja") for data in ("mnist", "fashion_mnist", "cifar10", "celeba")]
+OURS = ["digits", "mnist", "fashion_mnist", "cifar10", "celeba"]
+
+
+def test_the_presets_are_those_of_the_readme() -> None:
+    assert sorted(presets()) == sorted(OURS + PAPER)
+    assert all(20 < len(line) < 120 for line in presets().values())
+
+
+@pytest.mark.parametrize("name", OURS + PAPER)
+def test_every_preset_loads_builds_and_round_trips(name: str, tmp_path: Path) -> None:
+    config = load_config(name)
+    assert "parameters" in dry_run(config)
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_papers_presets_have_the_papers_setting(name: str) -> None:
+    config = load_config(name)
+    model, training = config.model, config.training
+    widths = [32, 64, 128, 256] + [512] * name.endswith("celeba")
+    assert [stage.channels for stage in model.stages] == widths
+    assert (model.num_steps, model.latent.size, model.latent.candidates) == (16, 128, 20)
+    assert (model.neuron.beta, model.neuron.threshold, model.neuron.reset) == (0.25, 0.2, "zero")
+    assert (training.epochs, training.batch_size, training.lr, training.schedule) == (150, 250, 1e-3, "constant")
+    assert (model.attention is not None) == name.startswith("tcja")
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "cifar10", "celeba"])
+def test_a_tcja_preset_is_its_twin_with_the_blocks_in(name: str) -> None:
+    plain, tcja = (load_config(f"{paper}_{name}").model_dump() for paper in ("fsvae", "tcja"))
+    for config in (plain, tcja):
+        del config["model"]["attention"], config["model"]["readout"]
+    assert plain == tcja
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_our_presets_have_four_steps_and_tcja(name: str) -> None:
+    model = load_config(name).model
+    assert model.num_steps == 4
+    assert model.attention is not None
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("training.epochs=2", 2),
+        ("training.lr=1e-4", 1e-4),  # a string to PyYAML
+        ("training.lr=1.0e-4", 1e-4),
+        ("data.train_limit=null", None),
+        ("data.train_limit=100", 100),
+        ("model.stages.0.channels=16", 16),
+        ("model.attention=null", None),
+        ("model.attention.kernel_t=2", 2),
+        ("training.tensorboard=off", False),
+        ("data.root=/some/where", Path("/some/where")),
+        ("model.conditional=false", False),
+    ],
+)
+def test_set_overrides_one_key(override: str, value: Any) -> None:
+    here: Any = load_config("mnist", [override])
+    for part in override.partition("=")[0].split("."):
+        here = here[int(part)] if part.isdecimal() else getattr(here, part)
+    assert here == value
+
+
+def test_a_surrogate_by_name_is_short_for_its_kind() -> None:
+    short = load_config("digits", ["model.neuron.surrogate=fast_sigmoid"])
+    assert short == load_config("digits", ["model.neuron.surrogate={kind: fast_sigmoid}"])
+    assert short.model.neuron.surrogate.kind == "fast_sigmoid"
+
+
+def test_a_mapping_of_overrides_is_the_same_as_strings() -> None:
+    assert load_config("digits", {"training.epochs": 3}) == load_config("digits", ["training.epochs=3"])
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("traning.epochs=1", "digits: traning is not a key; did you mean training?"),
+        ("training.epoch=1", "digits: training.epoch is not a key of training; did you mean epochs?"),
+        ("model.attention.kernel_x=1", "model.attention.kernel_x is not a key of model.attention; did you mean kernel_"),
+        ("model.attention.kind=tjca", "model.attention.kind is 'tjca'; did you mean tcja?"),
+        ("model.attention={kernel_t: 3}", "model.attention"),
+        ("model.neuron.surrogate=atann", "model.neuron.surrogate.kind is 'atann'; did you mean atan?"),
+        ("model.neuron.reset=soft", "model.neuron.reset is 'soft'; choose from subtract, zero"),
+        ("model.latent.kind=bernouli", "did you mean bernoulli?"),
+        ("model.stages.0.chanels=3", "model.stages.0.chanels is not a key of model.stages.0; did you mean channels?"),
+        ("model.stages.9.channels=3", "'9' is no place in a list of 2; use 0 to 1"),
+        ("model.stages=[]", "model.stages"),
+        ("model.num_steps=0", "model.num_steps: Input should be greater than or equal to 1 (got 0)"),
+        ("model.num_steps=many", "model.num_steps: Input should be a valid integer"),
+        ("model.neuron.beta=1.5", "model.neuron.beta"),
+        ("model.neuron.threshold=-1", "model.neuron.threshold"),
+        ("training.batch_size=0", "training.batch_size: Input should be greater than or equal to 1 (got 0)"),
+        ("training.precision=fp16", "training.precision is 'fp16'; did you mean"),
+        ("training.precision=off", "training.precision is False; choose from fp32, bf16"),
+        ("training.lr=.nan", "training.lr"),
+        ("data.name=mnst", "data.name is 'mnst'; did you mean mnist?"),
+        ("data.image_size=big", "data.image_size: Input should be a valid integer"),
+        ("scoring.metrics=[fdi]", "scoring.metrics.0 is 'fdi'; did you mean fid"),
+        ("training.lr.x=1", "which has no keys of its own"),
+        ("training.epochs", "write KEY=VALUE"),
+        ("training.epochs=[1", "the value is not YAML"),
+    ],
+)
+def test_a_mistake_is_one_line_with_the_key_and_what_would_be_right(override: str, line: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config("digits", [override])
+    assert line in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_image_size_that_the_stages_cannot_halve() -> None:
+    with pytest.raises(UserError, match="must be a multiple of 4"):
+        dry_run(load_config("digits", ["data.image_size=18"]))
+
+
+def test_an_unknown_preset_names_the_nearest() -> None:
+    with pytest.raises(UserError, match="did you mean fashion_mnist"):
+        load_config("fashon_mnist")
+
+
+@pytest.mark.parametrize(
+    ("text", "line"), [("a: [1", "not YAML"), ("- 1", "is a mapping"), ("", "is a mapping"), ("model: {}", "data is missing")]
+)
+def test_a_broken_file_is_named(tmp_path: Path, text: str, line: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=f"mine.yaml.*{line}"):
+        load_config(path)
+
+
+def test_an_absent_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"cannot read .*none\.yaml"):
+        load_config(tmp_path / "none.yaml")
+
+
+def test_a_config_is_frozen() -> None:
+    config: Config = load_config("digits")
+    with pytest.raises(Exception, match="frozen"):
+        config.training.epochs = 3  # type: ignore[misc]
+
+
+def test_the_reference_in_the_docs_names_every_key() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "config.md").read_text()
+    keys = yaml.safe_load(dump_config(load_config("digits")))
+    missing = [f"{s}.{k}" for s, section in keys.items() for k in section if f"`{s}.{k}`" not in text]
+    assert not missing

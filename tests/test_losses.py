@@ -1,0 +1,97 @@
+"""Losses: each against its formula, a loop, or torch's own."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.distributions import Bernoulli, kl_divergence
+
+from spikegen import losses
+from spikegen.latents import Posterior, Prior
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def pair(q, p):
+    return Posterior((q > 0.5).to(q.dtype), q), Prior(p)
+
+
+def rates(*shape, seed=0, candidates=20):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, candidates + 1, shape, generator=generator) / candidates
+
+
+@pytest.mark.parametrize("tau", [1.0, 2.0, 5.0])
+@pytest.mark.parametrize("shape", [(1, 2, 3), (16, 2, 3), (7,)])
+def test_post_synaptic_potential(tau, shape):
+    z = torch.rand(shape, dtype=torch.float64)
+    psp = losses.post_synaptic_potential(z, tau)
+    for t in range(shape[0]):  # unrolled: a sum of decaying kernels
+        expected = sum((1 - 1 / tau) ** (t - s) / tau * z[s] for s in range(t + 1))
+        torch.testing.assert_close(psp[t], expected)
+
+
+def test_mmd_is_the_mean_squared_distance_of_potentials():
+    q, p = rates(6, 2, 3), rates(6, 2, 3, seed=1)
+    total, a, b = 0.0, torch.zeros(2, 3), torch.zeros(2, 3)
+    for t in range(6):
+        a, b = a / 2 + q[t] / 2, b / 2 + p[t] / 2
+        total += ((a - b) ** 2).sum()
+    torch.testing.assert_close(losses.mmd(*pair(q, p)), total / q.numel())
+    torch.testing.assert_close(losses.mmd(*pair(q, p)), losses.mmd(*pair(p, q)))
+
+
+@pytest.mark.parametrize("loss", [losses.mmd, losses.kl])
+def test_distances_are_zero_where_both_agree_and_only_there(loss):
+    q = rates(6, 2, 3)
+    assert loss(*pair(q, q.clone())) == 0
+    for index in ((0, 0, 0), (5, 1, 2)):
+        p = q.clone()
+        p[index] = (p[index] + 0.5) % 1
+        assert loss(*pair(q, p)) > 1e-4
+
+
+@pytest.mark.parametrize("floor", [1e-2, 1e-3])
+def test_kl_is_torchs(floor):
+    q, p = rates(6, 4, 3), rates(6, 4, 3, seed=1)
+    assert {0.0, 1.0} <= set(q.flatten().tolist())  # the ends must stay finite
+    expected = kl_divergence(*(Bernoulli(probs=r.clamp(floor, 1 - floor)) for r in (q, p))).mean()
+    torch.testing.assert_close(losses.kl(*pair(q, p), floor), expected)
+
+
+@pytest.mark.parametrize("loss", [losses.mmd, losses.kl])
+def test_distances_give_both_sides_gradients(loss):
+    q, p = (rates(6, 2, 3, seed=s).clamp(0.1, 0.9).requires_grad_() for s in (0, 1))
+    loss(*pair(q, p)).backward()
+    differ = q != p
+    for side in (q, p):
+        assert side.grad.isfinite().all()
+        assert bool((side.grad[-1][differ[-1]] != 0).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_reconstruction_is_the_mean_squared_error(dtype):
+    image, target = ((torch.rand(3, 1, 4, 4) * 2 - 1).to(dtype) for _ in range(2))
+    expected = ((image.float() - target.float()) ** 2).sum() / image.numel()
+    torch.testing.assert_close(losses.reconstruction(image, target), expected)
+    halves = [(x.float() + 1) / 2 for x in (image, target)]
+    torch.testing.assert_close(losses.reconstruction(image, target), 4 * ((halves[0] - halves[1]) ** 2).mean())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_classification_is_cross_entropy(dtype):
+    logits, label = torch.randn(5, 7).to(dtype), torch.randint(0, 7, (5,))
+    log_probabilities = logits.double().log_softmax(1)
+    expected = -sum(log_probabilities[b, k] for b, k in enumerate(label.tolist())) / 5
+    torch.testing.assert_close(losses.classification(logits, label).double(), expected, rtol=1e-6, atol=1e-6)
+    assert losses.classification(logits, label) == F.cross_entropy(logits.float(), label)
+
+
+def test_firing_rate_counts_only_the_excess():
+    measured = torch.tensor([0.0, 0.2, 0.3, 0.7], requires_grad=True)
+    loss = losses.firing_rate(measured, 0.2)
+    assert loss.item() == pytest.approx((0.1**2 + 0.5**2) / 4)
+    loss.backward()
+    assert measured.grad.tolist() == pytest.approx([0, 0, 2 * 0.1 / 4, 2 * 0.5 / 4])

@@ -1,0 +1,135 @@
+"""Stages: tdBN's formula, time folded into the batch, stepping as the forward, and mirrored shapes."""
+
+import pytest
+import torch
+from torch import nn
+
+from spikegen.attention import TCJASpec
+from spikegen.neurons import LIFSpec
+from spikegen.stages import StageSpec, ThresholdNorm, dense_stage, down_stage, fold_time, up_stage
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+NEURON = LIFSpec()
+
+
+def shaken(stage):
+    """The stage with random norm weights and running statistics, in float64."""
+    stage = stage.double()
+    with torch.no_grad():
+        stage.norm.weight.uniform_(0.5, 2)
+        stage.norm.bias.uniform_(-0.5, 0.5)
+        stage.norm.running_mean.uniform_(-0.5, 0.5)
+        stage.norm.running_var.uniform_(0.1, 2)
+    return stage
+
+
+def stages(attention=None):
+    return {
+        "down": (down_stage(StageSpec(channels=4), 3, NEURON, "auto", attention), (3, 8, 6)),
+        "down1": (down_stage(StageSpec(channels=4, stride=1), 3, NEURON, "auto", attention), (3, 8, 6)),
+        "up": (up_stage(StageSpec(channels=3), 4, NEURON, "auto", attention), (3, 4, 3)),
+        "up1": (up_stage(StageSpec(channels=3, stride=1), 4, NEURON, "auto", attention), (3, 4, 3)),
+        "dense": (dense_stage(3, 4, NEURON, "auto"), (3,)),
+    }
+
+
+@pytest.mark.parametrize("name", stages())
+@pytest.mark.parametrize("training", [True, False])
+def test_stepping_is_the_forward_under_running_statistics(name, training):
+    stage, shape = stages()[name]
+    stage = shaken(stage).train(training)
+    x, mem, spikes = torch.randn(6, 2, *shape).double() * 2, None, []
+    for frame in x:
+        spike, mem = stage.step(frame, mem)
+        spikes.append(spike)
+    before = stage.norm.running_mean.clone()
+    whole, rate = stage.eval()(x)
+    assert torch.equal(torch.stack(spikes), whole)
+    assert torch.equal(before, stage.norm.running_mean)  # stepping leaves the statistics alone, in training too
+    assert 0 < rate == whole.mean() < 1
+
+
+@pytest.mark.parametrize("name", stages())
+def test_folded_time_is_every_step_on_its_own(name):
+    stage, shape = stages()[name]
+    layer, x = stage.layer.double(), torch.rand(5, 2, *shape).double()
+    torch.testing.assert_close(fold_time(layer, x), torch.stack([layer(frame) for frame in x]))
+
+
+@pytest.mark.parametrize("shape", [(7, 3), (4, 3, 5), (4, 3, 5, 2)])
+@pytest.mark.parametrize("scale", [0.2, 1.0, 0.4])
+def test_the_norm_is_tdbns_formula(shape, scale):
+    norm = ThresholdNorm(3, scale).double()
+    weight, bias = torch.rand(3).double() + 0.5, torch.rand(3).double()
+    with torch.no_grad():
+        norm.weight.copy_(weight)
+        norm.bias.copy_(bias)
+    mean, var = torch.zeros(3).double(), torch.ones(3).double()
+    for _ in range(3):  # weight * (alpha V_th) (x - mean) / sqrt(var + eps) + bias, a channel at a time
+        x = torch.randn(shape, dtype=torch.float64) * 3 + 1
+        out = norm.train()(x)
+        for c in range(3):
+            values = x[:, c]
+            centred = values - values.mean()
+            expected = weight[c] * scale * centred / (centred.square().mean() + 1e-5).sqrt() + bias[c]
+            torch.testing.assert_close(out[:, c], expected)
+            mean[c] = 0.9 * mean[c] + 0.1 * values.mean()
+            var[c] = 0.9 * var[c] + 0.1 * values.var(correction=1)
+    torch.testing.assert_close(norm.running_mean, mean)
+    torch.testing.assert_close(norm.running_var, var)
+    x = torch.randn(shape, dtype=torch.float64)
+    ones = (1, 3) + (1,) * (len(shape) - 2)
+    expected = (x - mean.view(ones)) / (var.view(ones) + 1e-5).sqrt() * (scale * weight).view(ones) + bias.view(ones)
+    torch.testing.assert_close(norm.eval()(x), expected)
+    torch.testing.assert_close(norm.train().running(x), expected)
+    torch.testing.assert_close(norm.running_mean, mean)  # neither of the two moved them
+    torch.testing.assert_close(norm.running_var, var)
+
+
+def test_statistics_are_taken_over_time_batch_and_space():
+    stage = down_stage(StageSpec(channels=4), 3, NEURON, "auto", None).double()
+    x = torch.rand(5, 2, 3, 8, 8).double()
+    currents = torch.stack([stage.layer(frame) for frame in x])
+    stage(x)
+    torch.testing.assert_close(stage.norm.running_mean, 0.1 * currents.mean((0, 1, 3, 4)))
+    folded = fold_time(stage.current, x)
+    torch.testing.assert_close(folded.mean((0, 1, 3, 4)), torch.zeros(4).double(), rtol=0, atol=1e-9)
+    torch.testing.assert_close(
+        folded.var((0, 1, 3, 4), correction=0), torch.full((4,), 0.2**2).double(), rtol=1e-3, atol=0
+    )
+
+
+@pytest.mark.parametrize(("alpha", "threshold"), [(1.0, 0.2), (2.0, 0.2), (2.0, (0.1, 0.3, 0.5, 0.7))])
+def test_the_norm_scales_to_alpha_times_the_threshold(alpha, threshold):
+    assert dense_stage(3, 4, LIFSpec(threshold=threshold), "auto", alpha).norm.scale == pytest.approx(
+        alpha * (0.2 if threshold == 0.2 else 0.4)
+    )
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("size", [(8, 8), (4, 6), (2, 10)])
+def test_up_mirrors_down(stride, size):
+    spec = StageSpec(channels=5, stride=stride)
+    down, up = down_stage(spec, 3, NEURON, "auto", None), up_stage(spec, 3, NEURON, "auto", None)
+    x = torch.rand(2, 2, 3, *size)
+    low, _ = down(x)
+    assert low.shape == (2, 2, 5, size[0] // stride, size[1] // stride)
+    assert up(low)[0].shape == x.shape
+    assert isinstance(up.layer, nn.ConvTranspose2d)
+
+
+@pytest.mark.parametrize("name", ["down", "up1"])
+def test_attention_gates_the_spikes_and_the_rate_is_the_neurons(name):
+    plain, shape = stages()[name]
+    plain, x = plain.eval(), torch.randn(6, 2, *shape) * 2
+    with_attention = stages(TCJASpec().build(6, 4))[name][0].eval()
+    with_attention.load_state_dict(plain.state_dict(), strict=False)
+    spikes, rate = plain(x)
+    gated, same_rate = with_attention(x)
+    assert torch.equal(gated, with_attention.attention(spikes))
+    assert not torch.equal(gated, spikes)
+    assert rate == same_rate == spikes.mean()

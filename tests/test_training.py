@@ -1,0 +1,246 @@
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import spikegen.training as training
+from spikegen import UserError, train
+from spikegen.runs import Run
+from tests.tiny import tiny_config
+
+
+def rows(run: Path, *, timed: bool = False) -> list[dict[str, Any]]:
+    found = Run(run).rows()
+    return found if timed else [{k: v for k, v in row.items() if k != "images_per_second"} for row in found]
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return bool(a == b)
+
+
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int, signum: int) -> None:
+    """Send this process `signum` in the middle of training step `step`."""
+    real, calls = training.loss_parts, []
+
+    def loss_parts(*args: Any) -> dict[str, torch.Tensor]:
+        calls.append(None)
+        if len(calls) == step:
+            os.kill(os.getpid(), signum)
+        return real(*args)
+
+    monkeypatch.setattr(training, "loss_parts", loss_parts)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("step", [1, 7])
+def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signum: int, step: int
+) -> None:
+    config = tiny_config(data__flip=True)
+    train(config, tmp_path / "whole", device="cpu")
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, step, signum)
+        with pytest.raises(training.Interrupted, match="--resume"):
+            train(config, tmp_path / "parts", device="cpu")
+    torch.manual_seed(123)  # whatever the process drew in between
+    train(config, tmp_path / "parts", resume=True, device="cpu")
+    whole, parts = (Run(tmp_path / name).load_checkpoint(torch.device("cpu")) for name in ("whole", "parts"))
+    assert whole["images_seen"] == 208  # 13 steps of 16: one epoch of 200, rounded up
+    assert same(whole, parts)
+    weights = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("whole", "parts")]
+    assert weights[0] == weights[1]
+    grids = [sorted((tmp_path / name / "samples").iterdir())[-1].read_bytes() for name in ("whole", "parts")]
+    assert grids[0] == grids[1]
+
+
+def test_a_resumed_run_writes_each_metrics_row_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_config()
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 9, signal.SIGTERM)
+        with pytest.raises(training.Interrupted):
+            train(config, tmp_path / "run", device="cpu")
+    checkpoint = sorted((tmp_path / "run" / "checkpoints").iterdir())[-1]
+    checkpoint.unlink()  # as if the machine had died after the rows, before this checkpoint
+    train(config, tmp_path / "run", resume=True, device="cpu")
+    seen = [row["images_seen"] for row in rows(tmp_path / "run") if "loss" in row]
+    assert seen == sorted(set(seen))
+    assert seen[-1] == 208
+
+
+def test_the_signal_handlers_are_put_back(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    train(tiny_config(training__epochs=0.1), tmp_path / "run", device="cpu")
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_the_run_folder_is_what_the_contract_says(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    config = tiny_config(training__tensorboard=True, training__keep_checkpoints=1)
+    assert train(config, run, device="cpu") == run
+    assert Run(run).config() == config
+    assert {f.name for f in (run / "model").iterdir()} >= {"config.json", "model.safetensors"}
+    assert [f.name for f in (run / "checkpoints").iterdir()] == ["000000000208.pt"]
+    assert len(list((run / "samples").glob("*.png"))) == 3
+    assert list((run / "tensorboard").iterdir())
+    row = next(r for r in rows(run, timed=True) if "loss" in r)
+    assert row.keys() >= {"images_seen", "epoch", "loss", "recon", "accuracy", "images_per_second", "engine", "lr"}
+    assert not list(run.rglob("*.part"))
+
+
+def test_the_logged_loss_is_the_weighted_sum_of_its_parts(tmp_path: Path) -> None:
+    train(tiny_config(training__losses__prior_weight=0.5), tmp_path / "run", device="cpu")
+    for row in rows(tmp_path / "run"):
+        if "loss" in row:
+            expected = row["recon"] + 0.5 * row["prior"] + 0.1 * row["classification"]
+            assert row["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_training_lowers_the_loss(tmp_path: Path, precision: str) -> None:
+    config = tiny_config(training__epochs=6, training__precision=precision, training__lr=5e-3)
+    train(config, tmp_path / "run", device="cpu")
+    recon = [row["recon"] for row in rows(tmp_path / "run") if "recon" in row]
+    assert recon[-1] < 0.6 * recon[0]
+
+
+def test_the_saved_weights_are_the_moving_average(tmp_path: Path) -> None:
+    train(tiny_config(training__ema=0.0), tmp_path / "last", device="cpu")
+    state = Run(tmp_path / "last").load_checkpoint(torch.device("cpu"))
+    assert all(torch.equal(v, state["average"][f"module.{k}"]) for k, v in state["model"].items())
+    train(tiny_config(training__ema=0.9), tmp_path / "mean", device="cpu")
+    state = Run(tmp_path / "mean").load_checkpoint(torch.device("cpu"))
+    assert not all(torch.equal(v, state["average"][f"module.{k}"]) for k, v in state["model"].items())
+
+
+def test_the_moving_average_is_the_recursion() -> None:
+    values = torch.rand(30, 3)
+    update, mean = training._average(0.8), values[0].clone()
+    expected = values[0].clone()
+    for count, value in enumerate(values[1:], start=1):
+        update([mean], [value], torch.tensor(count))
+        decay = min(0.8, (1 + count) / (10 + count))
+        expected = decay * expected + (1 - decay) * value
+    torch.testing.assert_close(mean, expected)
+
+
+def test_the_learning_rate_warms_up_and_falls_to_nothing() -> None:
+    settings = tiny_config(training__warmup=0.1).training
+    factors = [training._lr_factor(settings, p / 1000) for p in range(1001)]
+    assert factors[0] < 0.02
+    assert max(factors) == pytest.approx(1.0, abs=1e-3)
+    assert factors.index(max(factors)) == 100
+    assert factors[-1] == pytest.approx(0.0, abs=1e-6)
+    assert all(a >= b for a, b in zip(factors[100:], factors[101:], strict=False))
+    constant = tiny_config(training__warmup=0, training__schedule="constant").training
+    assert {training._lr_factor(constant, p / 10) for p in range(11)} == {1.0}
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_checkpoint(tmp_path: Path) -> None:
+    config = tiny_config(training__lr=1e30, training__schedule="constant", training__warmup=0.0, training__clip=None)
+    with pytest.raises(training.Diverged, match=r"step \d+.*checkpoint"):
+        train(config, tmp_path / "run", device="cpu")
+    assert all(json.loads(line)["images_seen"] for line in (tmp_path / "run" / "metrics.jsonl").open())
+
+
+def test_a_checkpoint_survives_a_loss_that_is_no_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = training.loss_parts, []
+
+    def loss_parts(*args: Any) -> dict[str, torch.Tensor]:
+        calls.append(None)
+        parts = real(*args)
+        return parts | {"loss/recon": parts["loss/recon"] * float("nan")} if len(calls) == 9 else parts
+
+    monkeypatch.setattr(training, "loss_parts", loss_parts)
+    with pytest.raises(training.Diverged, match="step 8"):
+        train(tiny_config(), tmp_path / "run", device="cpu")
+    state = Run(tmp_path / "run").load_checkpoint(torch.device("cpu"))
+    assert state["images_seen"] == 96
+    assert all(v.isfinite().all() for v in state["model"].values())
+
+
+def test_without_labels_or_head_there_is_no_accuracy(tmp_path: Path) -> None:
+    config = tiny_config(training__losses__classification=None, model__conditional=False)
+    assert config.model.head is None
+    train(config, tmp_path / "run", device="cpu")
+    assert not any("accuracy" in row for row in rows(tmp_path / "run"))
+
+
+def test_a_new_run_never_overwrites(tmp_path: Path) -> None:
+    train(tiny_config(training__epochs=0.1), tmp_path / "run", device="cpu")
+    before = {f: f.read_bytes() for f in (tmp_path / "run").rglob("*") if f.is_file()}
+    with pytest.raises(UserError, match="--resume"):
+        train(tiny_config(), tmp_path / "run", device="cpu")
+    assert before == {f: f.read_bytes() for f in (tmp_path / "run").rglob("*") if f.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"model__num_steps": 3}, "model.num_steps = 2, but the config has 3"),
+        ({"training__epochs": 2}, "training.epochs = 1.0, but the config has 2.0"),
+        ({"data__image_size": 16}, "data.image_size = 8, but the config has 16"),
+    ],
+)
+def test_resume_refuses_another_config(tmp_path: Path, change: dict[str, Any], line: str) -> None:
+    train(tiny_config(), tmp_path / "run", device="cpu")
+    with pytest.raises(UserError, match=line):
+        train(tiny_config(**change), tmp_path / "run", resume=True, device="cpu")
+
+
+def test_resume_without_a_run_or_a_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is no run"):
+        train(tiny_config(), tmp_path / "none", resume=True, device="cpu")
+    train(tiny_config(training__epochs=0.1), tmp_path / "run", device="cpu")
+    for file in (tmp_path / "run" / "checkpoints").iterdir():
+        file.unlink()
+    with pytest.raises(UserError, match="no checkpoint"):
+        train(tiny_config(training__epochs=0.1), tmp_path / "run", resume=True, device="cpu")
+
+
+def test_a_damaged_checkpoint_is_named_with_the_way_out(tmp_path: Path) -> None:
+    config = tiny_config()
+    train(config, tmp_path / "run", device="cpu")
+    newest = sorted((tmp_path / "run" / "checkpoints").iterdir())[-1]
+    newest.write_bytes(newest.read_bytes()[:1000])
+    with pytest.raises(UserError, match=rf"{newest.name} is damaged.*delete it to resume from 000000000192"):
+        train(config, tmp_path / "run", resume=True, device="cpu")
+
+
+def test_a_pickled_checkpoint_is_refused(tmp_path: Path) -> None:
+    train(tiny_config(), tmp_path / "run", device="cpu")
+    newest = sorted((tmp_path / "run" / "checkpoints").iterdir())[-1]
+    torch.save({"images_seen": 208, "step": 13, "evil": Path("x")}, newest)
+    with pytest.raises(UserError, match="damaged"):
+        train(tiny_config(), tmp_path / "run", resume=True, device="cpu")
+
+
+def test_a_batch_must_divide_among_the_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Three:
+        process_index, num_processes, device = 0, 3, torch.device("cpu")
+
+    monkeypatch.setattr(training, "Accelerator", lambda cpu: Three())
+    with pytest.raises(UserError, match="batch_size 16 is not divisible by 3 processes"):
+        train(tiny_config(), tmp_path / "run", device="cpu")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has CUDA")
+def test_cuda_where_there_is_none(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no CUDA device"):
+        train(tiny_config(), tmp_path / "run", device="cuda")
+
+
+def test_dry_run_counts_what_training_builds() -> None:
+    config = tiny_config()
+    model = training.build_model(config, config.data.class_names())
+    assert training.dry_run(config).startswith(f"{sum(p.numel() for p in model.parameters()):,} parameters")
