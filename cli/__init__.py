@@ -68,7 +68,7 @@ def _explain(error: Exception) -> None:
     if kind == "Interrupted":
         _fail(str(error), 130)
     if isinstance(error, OSError) or kind in ("Diverged", "OutOfMemoryError"):
-        _fail(str(error), 1)
+        _fail(getattr(error, "strerror", None) or str(error), 1)
     traceback.print_exc()
     _fail(f"{kind}: this is a bug in spikegen; please report it with the lines above", 1)
 

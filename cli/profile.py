@@ -1,7 +1,6 @@
 """spikegen profile."""
 
 import click
-
 from spikegen.cli import device
 
 

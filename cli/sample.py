@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import click
-
 from spikegen.cli import device, num
 
 

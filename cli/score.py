@@ -9,9 +9,7 @@ from spikegen.cli import device
 
 @click.command()
 @click.argument("source")
-@click.option(
-    "--reference", help="NAME or NAME:train of a data set, or a folder.  [default: the run's test split]"
-)
+@click.option("--reference", help="NAME or NAME:train of a data set, or a folder.  [default: the run's test split]")
 @click.option("--metrics", help="Comma-separated: fid,fid_floor,is,kid,mse,accuracy.  [default: the run's]")
 @click.option("--num", type=click.IntRange(min=2), help="How many images to generate.  [default: the run's]")
 @click.option("--extractor", help="cnn, inception or inception:PATH.  [default: the run's]")

@@ -107,7 +107,9 @@ class TCJA(nn.Module):
         if self.tla is not None:
             kernel = self.tla.weight.shape[-1]
             ahead = 0 if self.causal else kernel // 2
-            maps.append(F.conv1d(F.pad(z.permute(1, 2, 0), (kernel - 1 - ahead, ahead)), self.tla.weight).permute(2, 0, 1))
+            maps.append(
+                F.conv1d(F.pad(z.permute(1, 2, 0), (kernel - 1 - ahead, ahead)), self.tla.weight).permute(2, 0, 1)
+            )
         if self.cla is not None:
             kernel = self.cla.weight.shape[-1]
             right = kernel // 2

@@ -59,9 +59,7 @@ class DataSpec(Spec):
         if self.name == "folder" and self.root is None:
             raise ValueError("root is missing: name 'folder' needs it, the folder that holds the images")
         if self.name != "folder" and self.channels not in (None, CHANNELS[self.name]):
-            raise ValueError(
-                f"channels is {self.channels}, but {self.name} has {CHANNELS[self.name]}; leave it out"
-            )
+            raise ValueError(f"channels is {self.channels}, but {self.name} has {CHANNELS[self.name]}; leave it out")
         if self.attribute is not None and self.name != "celeba":
             raise ValueError(f"attribute is for name 'celeba', not {self.name!r}; leave it out")
         return self

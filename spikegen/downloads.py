@@ -30,9 +30,7 @@ def fetch(urls: list[str], path: Path, md5: str, root: Path, download: bool) -> 
             return
         except (OSError, RuntimeError, HTTPException) as error:
             reason = f"downloading failed: {_first_line(error)}"
-    raise UserError(
-        f"{path} is absent ({reason}); put it there, set data.root (now {root}), or connect to the network"
-    )
+    raise UserError(f"{path} is absent ({reason}); put it there, set data.root (now {root}), or connect to the network")
 
 
 def fetch_celeba(root: Path) -> None:

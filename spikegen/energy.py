@@ -1,4 +1,4 @@
-"""What an image costs: operations per layer, firing rates, joules (Attention-SNN, arXiv 2209.13929, section on energy)."""
+"""What an image costs: operations a layer, firing rates, joules, as Attention-SNN counts them (arXiv 2209.13929)."""
 
 import math
 from collections.abc import Callable
@@ -172,7 +172,8 @@ def report(model: SpikingVAE, config: Config | None, images: int = 64) -> str:
     for name, profile in (("sampling", sampling), ("reconstruction", reconstruction)):
         lines.append(
             f"{name}: {profile.macs / 1e6:.3f} M MACs + {profile.acs / 1e6:.3f} M ACs = {profile.microjoules:.2f} "
-            f"microjoules an image at {MAC_PICOJOULES} and {AC_PICOJOULES} pJ; {profile.firing_rate:.3f} spikes a neuron a step"
+            f"microjoules an image at {MAC_PICOJOULES} and {AC_PICOJOULES} pJ; "
+            f"{profile.firing_rate:.3f} spikes a neuron a step"
         )
     lines.append(f"parameters: {sum(p.numel() for p in model.parameters()):,}; engine: {choose(model.config.engine)}")
     return "\n".join(lines)

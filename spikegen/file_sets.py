@@ -28,9 +28,7 @@ def celeba(root: Path, split: Split, attribute: str | None, download: bool) -> F
     if download and not (folder / "img_align_celeba").exists():
         fetch_celeba(root)
     if absent := [name for name in needed if not (folder / name).exists()]:
-        raise UserError(
-            f"{folder} lacks {', '.join(absent)}; put CelebA's files there by hand, or set data.root"
-        )
+        raise UserError(f"{folder} lacks {', '.join(absent)}; put CelebA's files there by hand, or set data.root")
     names = _partition(folder / "list_eval_partition.txt", split)
     labels = _labels(folder / "list_attr_celeba.txt", names, attribute) if attribute else []
     return [folder / "img_align_celeba" / name for name in names], labels
@@ -57,9 +55,7 @@ def _rows(path: Path, columns: list[str], allowed: tuple[str, ...]) -> dict[str,
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     skip = 2 if len(columns) > 1 else 0
     if skip and lines[1:2] and lines[1].split() != columns:
-        raise UserError(
-            f"{path}: line 2 must name CelebA's {len(columns)} attributes, in the published order"
-        )
+        raise UserError(f"{path}: line 2 must name CelebA's {len(columns)} attributes, in the published order")
     rows = {}
     for number, line in enumerate(lines[skip:], skip + 1):
         name, *values = line.split() or [""]
@@ -109,8 +105,6 @@ def _list_images(base: Path) -> list[tuple[bytes, Path]]:
 
     That order is the same everywhere and mixes the classes, which `train_limit` needs.
     """
-    found = [
-        p.relative_to(base) for p in base.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()
-    ]
+    found = [p.relative_to(base) for p in base.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()]
     shown = [name for name in found if not any(part.startswith(".") for part in name.parts)]
     return sorted((hashlib.sha256(name.as_posix().encode()).digest(), name) for name in shown)

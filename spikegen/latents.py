@@ -1,5 +1,6 @@
 """Posteriors and priors over spikes: the autoregressive Bernoulli latent of FSVAE (arXiv 2110.00375)."""
 
+import itertools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -63,14 +64,14 @@ class Bernoulli(nn.Module):
 
         def network(inputs: int) -> nn.ModuleList:
             widths = [inputs, 2 * size, 4 * size, k * size]
-            return nn.ModuleList(
-                dense_stage(i, o, neuron, engine, alpha=2.0) for i, o in zip(widths, widths[1:], strict=False)
-            )
+            return nn.ModuleList(dense_stage(i, o, neuron, engine, alpha=2.0) for i, o in itertools.pairwise(widths))
 
         self.posterior = network(2 * size)
-        self.shortcut = nn.Sequential(
-            nn.Linear(features, size), ThresholdNorm(size, 2.0 * neuron.mean_threshold)
-        ) if spec.shortcut else None
+        self.shortcut = (
+            nn.Sequential(nn.Linear(features, size), ThresholdNorm(size, 2.0 * neuron.mean_threshold))
+            if spec.shortcut
+            else None
+        )
         self.prior = network(size + (spec.label_size if num_labels else 0))
 
     def expand_stage(self, features: int) -> Stage:
@@ -113,9 +114,7 @@ class Bernoulli(nn.Module):
         return torch.stack(drawn)
 
     @torch.no_grad()
-    def _draw_posterior(
-        self, encoded: Tensor, direct: Tensor | None, uniform: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _draw_posterior(self, encoded: Tensor, direct: Tensor | None, uniform: Tensor) -> tuple[Tensor, Tensor]:
         mems: list[Tensor | None] = [None] * len(self.posterior)
         z, drawn = torch.zeros_like(encoded[0]), []
         for t, (x, u) in enumerate(zip(encoded, uniform, strict=True)):
@@ -181,9 +180,7 @@ def _network(stages: nn.ModuleList, x: Tensor, direct: Tensor | None = None) -> 
     return last.fire(current if direct is None else current + direct)[0]
 
 
-def _step(
-    stages: nn.ModuleList, x: Tensor, mems: list[Tensor | None], direct: Tensor | None = None
-) -> Tensor:
+def _step(stages: nn.ModuleList, x: Tensor, mems: list[Tensor | None], direct: Tensor | None = None) -> Tensor:
     """One step through all stages; `mems` is the carried state, updated in place."""
     for i, stage in enumerate(stages):
         assert isinstance(stage, Stage)

@@ -27,7 +27,9 @@ def mmd(posterior: Posterior, prior: Prior, tau: float = 2.0) -> Float[Tensor, "
 
     The paper's formula sums over t; the code that made its figures takes the mean, and so do we.
     """
-    return F.mse_loss(post_synaptic_potential(posterior.rate.float(), tau), post_synaptic_potential(prior.rate.float(), tau))
+    return F.mse_loss(
+        post_synaptic_potential(posterior.rate.float(), tau), post_synaptic_potential(prior.rate.float(), tau)
+    )
 
 
 def kl(posterior: Posterior, prior: Prior, floor: float = 1e-2) -> Float[Tensor, ""]:

@@ -151,9 +151,7 @@ def _cubic_kernel(x: Float64[Tensor, "N d"], y: Float64[Tensor, "M d"]) -> Float
     return inner.square().mul_(inner)
 
 
-def reconstruction_mse(
-    reconstruct: Network, images: UInt8[Tensor, "N C H W"], batch_size: int = 250
-) -> Interval:
+def reconstruction_mse(reconstruct: Network, images: UInt8[Tensor, "N C H W"], batch_size: int = 250) -> Interval:
     """Mean squared error of reconstructions of images in [-1, 1]; the interval is 1.96 standard errors."""
     errors = []
     for batch in map(to_model, images.split(batch_size)):

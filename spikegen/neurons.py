@@ -43,6 +43,9 @@ class LIFSpec(Spec):
 class LIF(nn.Module):
     """Leaky integrate-and-fire over a whole sequence; keeps no state between calls."""
 
+    beta: Tensor
+    threshold: Tensor
+
     def __init__(self, spec: LIFSpec, engine: Engine = "auto"):
         super().__init__()
         self.spec, self.engine = spec, engine
@@ -68,8 +71,9 @@ class LIF(nn.Module):
 
     def _constants(self, step_dims: int) -> tuple[Tensor, Tensor]:
         """Beta and threshold, a per-channel one shaped [C, 1, ...] to broadcast over [B, C, ...]."""
-        trailing = (1,) * (step_dims - 2)
-        return tuple(p.view(-1, *trailing) if p.dim() else p for p in (self.beta, self.threshold))  # type: ignore[return-value]
+        shape = (-1,) + (1,) * (step_dims - 2)
+        beta, threshold = (p.view(shape) if p.dim() else p for p in (self.beta, self.threshold))
+        return beta, threshold
 
     def extra_repr(self) -> str:
         """The spec, for print(model)."""

@@ -16,10 +16,7 @@ def batch_indices(seed: int, images_seen: int, batch_size: int, num_images: int)
     """
     first, end = images_seen, images_seen + batch_size
     epochs = range(first // num_images, (end - 1) // num_images + 1)
-    parts = [
-        permutation(seed, e, num_images)[max(first - e * num_images, 0) : end - e * num_images]
-        for e in epochs
-    ]
+    parts = [permutation(seed, e, num_images)[max(first - e * num_images, 0) : end - e * num_images] for e in epochs]
     return torch.from_numpy(np.concatenate(parts))
 
 

@@ -102,7 +102,7 @@ def default_output(source: str, name: str) -> Path:
 
 
 def scores_path(source: str) -> Path:
-    """Where scores go when not told: in a run's folder, else here: other sources are not ours to write into."""
+    """Where scores go when not told: in a run's folder, else here: a source that is no run is left alone."""
     run = Run(source)
     return run.scores_file if run.config_file.is_file() else Path(run.scores_file.name)
 
@@ -115,14 +115,20 @@ def open_run(source: str | Path, device: str = "auto") -> tuple[SpikingVAE, Conf
     config = run.config()
     saved = run.model / "config.json"
     if not saved.is_file():
-        raise UserError(f"{run.path} has no model yet; go on with: spikegen train {run.config_file} --out {run.path} --resume")
+        raise UserError(
+            f"{run.path} has no model yet; go on with: spikegen train {run.config_file} --out {run.path} --resume"
+        )
     steps = read_json(saved).get("model", {}).get("num_steps")
     if steps != config.model.num_steps:
-        raise UserError(f"{run.config_file} has model.num_steps {config.model.num_steps}, but {saved} was trained with {steps}")
+        raise UserError(
+            f"{run.config_file} has model.num_steps {config.model.num_steps}, but {saved} was trained with {steps}"
+        )
     return SpikingVAE.from_pretrained(run.model, device=device), config
 
 
-def generate(model: SpikingVAE, num: int, seed: int = 0, label: int | None = None) -> Iterator[UInt8[Tensor, "B C H W"]]:
+def generate(
+    model: SpikingVAE, num: int, seed: int = 0, label: int | None = None
+) -> Iterator[UInt8[Tensor, "B C H W"]]:
     """Samples 0 .. num-1 of a seed as uint8, a chunk at a time, under a progress bar."""
     with progress_bar() as bar:
         task = bar.add_task("sampling", total=num, info="")
@@ -139,6 +145,8 @@ def reconstruct_test(
     if config is None:
         raise UserError(f"{source} has no config.yaml that names its data; give a run folder")
     images = config.data.load("test").images[:num]
-    copies = [model.reconstruct(to_model(part).to(model.device), seed=k).cpu() for k, part in enumerate(images.split(250))]
+    copies = [
+        model.reconstruct(to_model(part).to(model.device), seed=k).cpu() for k, part in enumerate(images.split(250))
+    ]
     error = reconstruction(torch.cat(copies), to_model(images)).item()
     return images, to_uint8(torch.cat(copies)), error

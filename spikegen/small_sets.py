@@ -39,9 +39,7 @@ def mnist(dataset: type[datasets.MNIST], root: Path, split: Split, download: boo
     return images[:, None], labels.long()
 
 
-def _idx(
-    dataset: type[datasets.MNIST], root: Path, name: str, shape: tuple[int, ...], download: bool
-) -> Tensor:
+def _idx(dataset: type[datasets.MNIST], root: Path, name: str, shape: tuple[int, ...], download: bool) -> Tensor:
     """One file of torchvision's layout ROOT/MNIST/raw: the packed one, or, if that is unsound, the other."""
     packed = root / dataset.__name__ / "raw" / f"{name}.gz"
     plain, md5 = packed.with_suffix(""), dict(dataset.resources)[packed.name]

@@ -56,7 +56,14 @@ class ThresholdNorm(nn.Module):
 
     def _norm(self, x: Tensor, training: bool) -> Tensor:
         return F.batch_norm(
-            x, self.running_mean, self.running_var, self.weight * self.scale, self.bias, training, momentum=0.1, eps=1e-5
+            x,
+            self.running_mean,
+            self.running_var,
+            self.weight * self.scale,
+            self.bias,
+            training,
+            momentum=0.1,
+            eps=1e-5,
         )
 
 
@@ -64,7 +71,13 @@ class Stage(nn.Module):
     """layer -> norm -> neuron -> attention; see `down_stage`, `up_stage` and `dense_stage` for the layers."""
 
     def __init__(
-        self, layer: nn.Module, channels: int, neuron: LIFSpec, engine: Engine, attention: nn.Module | None, alpha: float
+        self,
+        layer: nn.Module,
+        channels: int,
+        neuron: LIFSpec,
+        engine: Engine,
+        attention: nn.Module | None,
+        alpha: float,
     ):
         super().__init__()
         self.layer = layer
@@ -96,21 +109,15 @@ class Stage(nn.Module):
         return self.neuron.step(current if direct is None else current + direct, mem)
 
 
-def down_stage(
-    spec: StageSpec, inputs: int, neuron: LIFSpec, engine: Engine, attention: nn.Module | None
-) -> Stage:
+def down_stage(spec: StageSpec, inputs: int, neuron: LIFSpec, engine: Engine, attention: nn.Module | None) -> Stage:
     """Convolution 3x3, which halves height and width where the stride is 2."""
     layer = nn.Conv2d(inputs, spec.channels, 3, stride=spec.stride, padding=1)
     return Stage(layer, spec.channels, neuron, engine, attention, alpha=1.0)
 
 
-def up_stage(
-    spec: StageSpec, outputs: int, neuron: LIFSpec, engine: Engine, attention: nn.Module | None
-) -> Stage:
+def up_stage(spec: StageSpec, outputs: int, neuron: LIFSpec, engine: Engine, attention: nn.Module | None) -> Stage:
     """The mirror of `down_stage`: transposed convolution 3x3 from the spec's channels to `outputs`."""
-    layer = nn.ConvTranspose2d(
-        spec.channels, outputs, 3, stride=spec.stride, padding=1, output_padding=spec.stride - 1
-    )
+    layer = nn.ConvTranspose2d(spec.channels, outputs, 3, stride=spec.stride, padding=1, output_padding=spec.stride - 1)
     return Stage(layer, outputs, neuron, engine, attention, alpha=1.0)
 
 

@@ -26,6 +26,8 @@ def replacing(path: Path) -> Iterator[Path]:
             with open(beside, "rb+") as f:
                 os.fsync(f.fileno())
             os.replace(beside, path)
+    except OSError as error:
+        raise OSError(error.errno, f"cannot save {path}: {error.strerror}; what was there before is unharmed") from None
     finally:
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)
@@ -36,7 +38,13 @@ def user_mistakes(verb: str, path: Path) -> Iterator[None]:
     """Turn the errors of a path that a user chose badly into a UserError; a full disk stays an OSError."""
     try:
         yield
-    except (PermissionError, FileExistsError, FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+    except (
+        PermissionError,
+        FileExistsError,
+        FileNotFoundError,
+        NotADirectoryError,
+        IsADirectoryError,
+    ) as error:
         raise UserError(f"cannot {verb} {path}: {error.strerror or error}") from None
     except OSError as error:
         if error.errno in (30, 36):  # EROFS, ENAMETOOLONG

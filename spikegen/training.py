@@ -2,13 +2,10 @@
 
 import hashlib
 import math
-import signal
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -17,22 +14,20 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.tensorboard import SummaryWriter
 
 from spikegen import losses
-from spikegen.config import Config, LossesConfig, TrainingConfig
+from spikegen.config import Config, TrainingConfig
 from spikegen.data import ImageSet, batch_indices, flip_mask, to_model, to_uint8
 from spikegen.kernels import choose
+from spikegen.objective import loss_parts, total_loss
 from spikegen.plots import save_grid
 from spikegen.progress import progress_bar
 from spikegen.runs import Run, pick_device
 from spikegen.spec import UserError
+from spikegen.stopping import Interrupted, stop_signals
 from spikegen.storage import require_writable
-from spikegen.vae import SpikingVAE, VAEOutput
+from spikegen.vae import SpikingVAE
 
 DEVICE_LIMIT = 2 * 1024**3
 """Training images up to this many bytes are kept on the device; larger sets stay memory-mapped."""
-
-
-class Interrupted(Exception):
-    """SIGINT or SIGTERM came; the checkpoint is saved."""
 
 
 class Diverged(Exception):
@@ -61,13 +56,16 @@ def train(config: Config, out: str | Path, *, resume: bool = False, device: str 
     torch.manual_seed(settings.seed)
     model = build_model(config, train_set.classes).to(accelerator.device)
     average = AveragedModel(model, multi_avg_fn=_average(settings.ema), use_buffers=True)
+    averaged = cast(SpikingVAE, average.module)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay
     )
     step, total = 0, math.ceil(settings.epochs * len(train_set) / settings.batch_size)
     if resume:
         state = run.load_checkpoint(accelerator.device)
-        step = _restore(state, model, average, optimizer)
+        for name, part in (("model", model), ("average", average), ("optimizer", optimizer)):
+            part.load_state_dict(state[name])
+        step = state["step"]
         run.forget_after(step * settings.batch_size)
     elif accelerator.is_main_process:
         run.start(config)
@@ -78,10 +76,14 @@ def train(config: Config, out: str | Path, *, resume: bool = False, device: str 
     def save(step: int) -> None:
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            state = {"step": step, "images_seen": step * settings.batch_size, "num_steps": config.model.num_steps}
+            state = {
+                "step": step,
+                "images_seen": step * settings.batch_size,
+                "num_steps": config.model.num_steps,
+            }
             parts = {"model": model, "average": average, "optimizer": optimizer}
             run.save_checkpoint(state | {k: v.state_dict() for k, v in parts.items()}, settings.keep_checkpoints)
-            average.module.save_pretrained(run.model)
+            averaged.save_pretrained(run.model)
 
     def log(row: dict[str, Any]) -> None:
         if accelerator.is_main_process:
@@ -93,8 +95,10 @@ def train(config: Config, out: str | Path, *, resume: bool = False, device: str 
     # ---- the loop
     share = settings.batch_size // ranks
     meter = _Meter()
-    with progress_bar(accelerator.is_main_process) as bar, _stop_signals() as stop:
-        task = bar.add_task("training", total=total * settings.batch_size, completed=step * settings.batch_size, info="")
+    with progress_bar(accelerator.is_main_process) as bar, stop_signals() as stop:
+        task = bar.add_task(
+            "training", total=total * settings.batch_size, completed=step * settings.batch_size, info=""
+        )
         wrapped.train()
         while step < total:
             seen, progress = step * settings.batch_size, step / total
@@ -106,7 +110,7 @@ def train(config: Config, out: str | Path, *, resume: bool = False, device: str 
             with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
                 output = wrapped(image, label, progress=progress)
             parts = loss_parts(output, image, label, settings.losses)
-            loss = torch.stack([parts[name] for name in parts if name.startswith("loss/")]).sum()
+            loss = total_loss(parts)
             accelerator.backward(loss)
             norm = nn.utils.clip_grad_norm_(wrapped.parameters(), settings.clip or math.inf)
             _require_finite(loss, norm, step, parts, run)
@@ -130,8 +134,8 @@ def train(config: Config, out: str | Path, *, resume: bool = False, device: str 
                 if stop.is_set() and step < total:
                     raise Interrupted(f"stopped after {now} images; go on with --resume")
                 if accelerator.is_main_process:
-                    log(_evaluate(average.module, test_set, config, now))
-                    save_grid(to_uint8(average.module.sample(64)), run.samples / f"{now:012d}.png")
+                    log(_evaluate(averaged, test_set, config, now))
+                    save_grid(to_uint8(averaged.sample(64)), run.samples / f"{now:012d}.png")
                 meter.restart()
     if writer:
         writer.close()
@@ -149,26 +153,8 @@ def dry_run(config: Config) -> str:
     """Build the model on the meta device, which takes no memory, and say how large it is."""
     with torch.device("meta"):
         model = build_model(config, config.data.class_names())
-    return f"{sum(p.numel() for p in model.parameters()):,} parameters; images {model.image_shape}; {len(model.classes)} classes"
-
-
-def loss_parts(output: VAEOutput, image: Tensor, label: Tensor | None, spec: LossesConfig) -> dict[str, Tensor]:
-    """Every term: those called `loss/...` are weighted and add up to the loss; the others are to look at."""
-    recon = losses.reconstruction(output.image, image)
-    if spec.prior == "mmd":
-        prior = losses.mmd(output.posterior, output.prior, spec.psp_tau)
-    else:
-        prior = losses.kl(output.posterior, output.prior)
-    parts = {"loss/recon": recon, "recon": recon, "loss/prior": spec.prior_weight * prior, "prior": prior}
-    if output.logits is not None and label is not None and spec.classification is not None:
-        entropy = losses.classification(output.logits, label)
-        parts |= {"loss/classification": spec.classification * entropy, "classification": entropy}
-        parts["accuracy"] = (output.logits.argmax(1) == label).float().mean()
-    parts["firing_rate"] = output.firing_rate.mean()
-    if spec.firing_rate:
-        excess = losses.firing_rate(output.firing_rate, spec.firing_rate_target)
-        parts["loss/firing_rate"] = spec.firing_rate * excess
-    return parts
+    count = sum(p.numel() for p in model.parameters())
+    return f"{count:,} parameters; images {model.image_shape}; {len(model.classes)} classes"
 
 
 # ---- parts of the loop -----------------------------------------------------------------------------------------------
@@ -195,7 +181,13 @@ class _Meter:
         means = {k: v.item() / self.steps for k, v in self.sums.items()}
         speed = self.images / (time.perf_counter() - self.start)
         self.restart()
-        return {"images_seen": images_seen, "epoch": round(epoch, 4), **means, "lr": lr, "images_per_second": speed}
+        return {
+            "images_seen": images_seen,
+            "epoch": round(epoch, 4),
+            **means,
+            "lr": lr,
+            "images_per_second": speed,
+        }
 
 
 def _batch(
@@ -244,7 +236,7 @@ def _lr_factor(settings: TrainingConfig, progress: float) -> float:
 
 
 def _average(decay: float) -> Any:
-    """The exponential moving average, with a shorter memory at the start so that short runs forget their first steps."""
+    """The exponential moving average, its memory shorter at the start so that short runs forget their first steps."""
 
     def update(averaged: list[Tensor], current: list[Tensor], count: Tensor | int) -> None:
         warm = min(decay, (1 + int(count)) / (10 + int(count)))
@@ -267,18 +259,14 @@ def _move(data: ImageSet, device: torch.device) -> ImageSet:
     return ImageSet(data.images.to(device), labels, data.classes)
 
 
-def _restore(state: dict[str, Any], model: SpikingVAE, average: AveragedModel, optimizer: Any) -> int:
-    for name, part in (("model", model), ("average", average), ("optimizer", optimizer)):
-        part.load_state_dict(state[name])
-    return int(state["step"])
-
-
 def _require_same(config: Config, before: Config, run: Run) -> None:
     """UserError for the first key in which a resumed run would differ from what it was."""
     old, new = before.model_dump(exclude={"scoring"}), config.model_dump(exclude={"scoring"})
     for key, was, now in _differences(old, new):
         if key != "data.root":
-            raise UserError(f"{run.path} was trained with {key} = {was}, but the config has {now}; --resume changes nothing")
+            raise UserError(
+                f"{run.path} was trained with {key} = {was}, but the config has {now}; --resume changes nothing"
+            )
 
 
 def _differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -296,25 +284,3 @@ def _require_finite(loss: Tensor, norm: Tensor, step: int, parts: dict[str, Tens
             f"loss {loss.item()} and gradient norm {norm.item()} at step {step} ({numbers}); the last good checkpoint "
             f"is kept in {run.checkpoints}: lower training.lr or training.clip and train anew"
         )
-
-
-@contextmanager
-def _stop_signals() -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set, so that a step ends before its checkpoint; a second SIGINT stops at once."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    previous = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-
-    def handle(signum: int, _frame: Any) -> None:
-        stop.set()
-        signal.signal(signum, previous[signal.Signals(signum)])
-
-    for s in previous:
-        signal.signal(s, handle)
-    try:
-        yield stop
-    finally:
-        for s, handler in previous.items():
-            signal.signal(s, handler)

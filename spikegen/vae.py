@@ -274,7 +274,9 @@ class SpikingVAE(nn.Module, PyTorchModelHubMixin):
         try:
             model.load_state_dict(load_file(weights_file))
         except (SafetensorError, OSError) as error:
-            raise UserError(f"cannot read {weights_file}: {error}; it is missing, truncated or no safetensors") from None
+            raise UserError(
+                f"cannot read {weights_file}: {error}; it is missing, truncated or no safetensors"
+            ) from None
         except RuntimeError as error:
             first = str(error).splitlines()[1].strip()
             raise UserError(f"{weights_file} does not fit {config_file}: {first}") from None
@@ -283,7 +285,7 @@ class SpikingVAE(nn.Module, PyTorchModelHubMixin):
 
 def _from_hub(repository: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     wrong: Callable[[str], UserError] = lambda why: UserError(  # noqa: E731
         f"{repository} is no run folder, no saved model, and no model on the Hugging Face hub ({why})"

@@ -15,6 +15,7 @@ from spikegen.spec import UserError
 def _seed():
     torch.manual_seed(0)
 
+
 SIZES = [(1, 1), (1, 3), (4, 1), (3, 5), (6, 4)]  # T, C
 KERNELS = [1, 2, 3, 4, 7]  # 7 is larger than every T and C here
 

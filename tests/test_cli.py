@@ -1,4 +1,3 @@
-import json
 import os
 import re
 import resource
@@ -19,11 +18,12 @@ from tests.tiny import tiny_config, tiny_flags
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train(tiny_config(), tmp_path_factory.mktemp("runs") / "run", device="cpu")
+    config = tiny_config(training__epochs=6, training__lr=5e-3)
+    return train(config, tmp_path_factory.mktemp("runs") / "run", device="cpu")
 
 
 @pytest.fixture
-def spikegen(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):  # noqa: ANN201
+def spikegen(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     """Call the command line in this process: (exit code, stdout, stderr)."""
 
     def call(*arguments: object) -> tuple[int, str, str]:
@@ -40,7 +40,7 @@ def command(*arguments: object) -> list[str]:
     return [sys.executable, "-c", "from spikegen.cli import entry; entry()", *map(str, arguments)]
 
 
-# ---- what works ------------------------------------------------------------------------------------------------------
+# ---- what works
 
 
 def test_help_lists_the_verbs_without_importing_torch() -> None:
@@ -111,7 +111,7 @@ def test_profile_counts_parameters_operations_and_energy(spikegen, run: Path) ->
     assert all(word in out for word in ("parameters:", "MACs", "ACs", "microjoules", "sampling:", "engine: torch"))
 
 
-# ---- what a user can get wrong: one line, exit code 2, nothing harmed ---------------------------------------------------
+# ---- what a user can get wrong: one line, exit code 2, nothing harmed
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,11 @@ def test_an_existing_run_without_resume(spikegen, run: Path) -> None:
         ("model/model.safetensors", lambda b: b[:500], "truncated"),
         ("model/model.safetensors", lambda b: b"", "truncated"),
         ("model/config.json", lambda b: b[:-20], "not JSON"),
-        ("model/config.json", lambda b: b.replace(b'"image_shape"', b'"extra": 1, "image_shape"'), "extra is not a key"),
+        (
+            "model/config.json",
+            lambda b: b.replace(b'"image_shape"', b'"extra": 1, "image_shape"'),
+            "extra is not a key",
+        ),
         ("model/config.json", lambda b: b.replace(b'"size": 8', b'"size": 9'), "does not fit"),
         ("config.yaml", lambda b: b.replace(b"num_steps: 2", b"num_steps: 3"), "num_steps 3, but"),
         ("config.yaml", lambda b: b"model: [", "not YAML"),
@@ -205,22 +209,30 @@ def test_a_foreign_safetensors_is_refused(spikegen, tmp_path: Path, run: Path) -
     assert "does not fit" in err
 
 
-# ---- signals and disks -----------------------------------------------------------------------------------------------
+# ---- signals and disks
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_exits_with_130(tmp_path: Path, signum: signal.Signals) -> None:
-    flags = [*tiny_flags(), "--set", "training.epochs=10000", "--device", "cpu", "--out", str(tmp_path / "run")]
-    process = subprocess.Popen(command("train", "digits", *flags), stderr=subprocess.PIPE, text=True)
-    deadline = time.time() + 120
-    while not (tmp_path / "run" / "metrics.jsonl").exists() and time.time() < deadline:
-        time.sleep(0.1)
-    process.send_signal(signum)
-    _, err = process.communicate(timeout=60)
+    flags = [
+        *tiny_flags(),
+        "--set",
+        "training.epochs=10000",
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    with subprocess.Popen(command("train", "digits", *flags), stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.time() + 120
+        while not (tmp_path / "run" / "metrics.jsonl").exists() and time.time() < deadline:
+            time.sleep(0.1)
+        process.send_signal(signum)
+        _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert "--resume" in err
     state = Run(tmp_path / "run").load_checkpoint(torch.device("cpu"))
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    rows = Run(tmp_path / "run").rows()
     assert state["images_seen"] >= max(row["images_seen"] for row in rows)
 
 

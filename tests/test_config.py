@@ -33,7 +33,12 @@ def test_the_papers_presets_have_the_papers_setting(name: str) -> None:
     assert [stage.channels for stage in model.stages] == widths
     assert (model.num_steps, model.latent.size, model.latent.candidates) == (16, 128, 20)
     assert (model.neuron.beta, model.neuron.threshold, model.neuron.reset) == (0.25, 0.2, "zero")
-    assert (training.epochs, training.batch_size, training.lr, training.schedule) == (150, 250, 1e-3, "constant")
+    assert (training.epochs, training.batch_size, training.lr, training.schedule) == (
+        150,
+        250,
+        1e-3,
+        "constant",
+    )
     assert (model.attention is not None) == name.startswith("tcja")
 
 
@@ -90,13 +95,19 @@ def test_a_mapping_of_overrides_is_the_same_as_strings() -> None:
     [
         ("traning.epochs=1", "digits: traning is not a key; did you mean training?"),
         ("training.epoch=1", "digits: training.epoch is not a key of training; did you mean epochs?"),
-        ("model.attention.kernel_x=1", "model.attention.kernel_x is not a key of model.attention; did you mean kernel_"),
+        (
+            "model.attention.kernel_x=1",
+            "model.attention.kernel_x is not a key of model.attention; did you mean kernel_",
+        ),
         ("model.attention.kind=tjca", "model.attention.kind is 'tjca'; did you mean tcja?"),
         ("model.attention={kernel_t: 3}", "model.attention"),
         ("model.neuron.surrogate=atann", "model.neuron.surrogate.kind is 'atann'; did you mean atan?"),
         ("model.neuron.reset=soft", "model.neuron.reset is 'soft'; choose from subtract, zero"),
         ("model.latent.kind=bernouli", "did you mean bernoulli?"),
-        ("model.stages.0.chanels=3", "model.stages.0.chanels is not a key of model.stages.0; did you mean channels?"),
+        (
+            "model.stages.0.chanels=3",
+            "model.stages.0.chanels is not a key of model.stages.0; did you mean channels?",
+        ),
         ("model.stages.9.channels=3", "'9' is no place in a list of 2; use 0 to 1"),
         ("model.stages=[]", "model.stages"),
         ("model.num_steps=0", "model.num_steps: Input should be greater than or equal to 1 (got 0)"),
@@ -133,7 +144,8 @@ def test_an_unknown_preset_names_the_nearest() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "line"), [("a: [1", "not YAML"), ("- 1", "is a mapping"), ("", "is a mapping"), ("model: {}", "data is missing")]
+    ("text", "line"),
+    [("a: [1", "not YAML"), ("- 1", "is a mapping"), ("", "is a mapping"), ("model: {}", "data is missing")],
 )
 def test_a_broken_file_is_named(tmp_path: Path, text: str, line: str) -> None:
     path = tmp_path / "mine.yaml"

@@ -129,9 +129,7 @@ def test_an_empty_split_is_a_mistake(tmp_path: Path) -> None:
     mistake(lambda: folder(tmp_path / "in", "test"), "no test image")
 
 
-def test_images_are_kept_decoded_below_the_users_root(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_images_are_kept_decoded_below_the_users_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPIKEGEN_DATA", str(tmp_path / "own"))
     for name in "ab":
         picture(tmp_path / "in" / f"{name}.png")

@@ -113,9 +113,7 @@ def test_offline_the_error_names_every_way_out(monkeypatch, tmp_path):
 
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
-    with pytest.raises(
-        UserError, match=r"connect once.*--extractor inception:PATH.*--extractor cnn"
-    ) as error:
+    with pytest.raises(UserError, match=r"connect once.*--extractor inception:PATH.*--extractor cnn") as error:
         load_extractor("inception", "cifar10", "cpu")
     assert "\n" not in str(error.value)
 

@@ -12,7 +12,11 @@ from spikegen.kernels.surrogates import ATan, FastSigmoid, Rectangle, Sigmoid, S
 
 CHANNELS = 3
 RESETS = ["subtract", "zero"]
-ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 1e-2}  # snnTorch's spikes are float32 at most
+ROUNDING = {
+    torch.float64: 1e-6,
+    torch.float32: 1e-5,
+    torch.bfloat16: 1e-2,
+}  # snnTorch's spikes are float32 at most
 
 SURROGATES = [
     (ATan(), snn_surrogate.atan(alpha=2.0)),
@@ -88,7 +92,11 @@ def assert_same(ours, theirs, rounding):
     for name, mine, other in zip(("x", "beta", "threshold"), ours[1], theirs[1], strict=True):
         scale = max(1.0, other.abs().max().item())
         torch.testing.assert_close(
-            mine.double(), other.double(), rtol=rounding, atol=rounding * scale, msg=lambda m, n=name: f"{n}: {m}"
+            mine.double(),
+            other.double(),
+            rtol=rounding,
+            atol=rounding * scale,
+            msg=lambda m, n=name: f"{n}: {m}",
         )
 
 
@@ -98,7 +106,14 @@ def assert_same(ours, theirs, rounding):
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize(
     ("beta", "threshold"),
-    [(0.0, 1.0), (0.25, 0.2), (1.0, 0.5), ([0.0, 0.5, 0.95], 0.5), (0.5, [0.2, 0.5, 1.0]), ([0.1, 0.9, 1.0], [1.0, 0.1, 0.5])],
+    [
+        (0.0, 1.0),
+        (0.25, 0.2),
+        (1.0, 0.5),
+        ([0.0, 0.5, 0.95], 0.5),
+        (0.5, [0.2, 0.5, 1.0]),
+        ([0.1, 0.9, 1.0], [1.0, 0.1, 0.5]),
+    ],
 )
 def test_engines_equal_leaky(engine, reset, steps, dtype, beta, threshold):
     for shape in ((steps, 4, CHANNELS), (steps, 2, CHANNELS, 4, 3)):

@@ -16,6 +16,7 @@ from spikegen.spec import UserError
 def _seed():
     torch.manual_seed(0)
 
+
 FSVAE = LIFSpec(beta=0.25, threshold=0.2, reset="zero")
 TCJA = LIFSpec(beta=0.5, threshold=2.0, reset="zero", surrogate={"kind": "atan", "alpha": 1.0})
 
@@ -35,7 +36,7 @@ class Fire(torch.autograd.Function):
 
 
 def fsvae_neuron(currents):
-    """u_t = tau u_{t-1} (1 - o_{t-1}) + I_t; o_t = 1[u_t > 0.2], tau 0.25; gradient 1[|u| < 0.5], as in its code."""
+    """u_t = tau u_{t-1} (1 - o_{t-1}) + I_t; o_t = 1[u_t > 0.2], tau 0.25; gradient 1[|u| < 0.5] (its code)."""
     u, o, out = torch.zeros_like(currents[0]), torch.zeros_like(currents[0]), []
     for current in currents:
         u = 0.25 * u * (1 - o) + current
@@ -71,7 +72,9 @@ def gradient(neuron, x):
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("steps", [1, 4, 20])
 def test_fsvaes_neuron_and_its_codes_surrogate(engine, steps):
-    spec = LIFSpec(beta=0.25, threshold=0.2, reset="zero", surrogate={"kind": "rectangle", "width": 1.0, "centre": -0.2})
+    spec = LIFSpec(
+        beta=0.25, threshold=0.2, reset="zero", surrogate={"kind": "rectangle", "width": 1.0, "centre": -0.2}
+    )
     x = torch.randn(steps, 50, 4, generator=torch.Generator().manual_seed(steps)).double() * 0.5
     spikes, grad = gradient(spec.build(engine).double(), x)
     expected, other = gradient(fsvae_neuron, x)

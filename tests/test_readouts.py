@@ -12,6 +12,7 @@ from spikegen.readouts import MembraneSpec, RateReadoutSpec, Readout, TCJAReadou
 def _seed():
     torch.manual_seed(0)
 
+
 STEPS = [1, 4, 16]
 
 
@@ -80,11 +81,15 @@ def test_only_learned_weights_are_parameters_and_saved():
     for spec in (MembraneSpec(), RateReadoutSpec()):
         assert set(spec.build(3, 2, 4).state_dict()) == {"conv.weight", "conv.bias"}
     learned = MembraneSpec(learn=True).build(3, 2, 4)
-    assert set(learned.state_dict()) == {name for name, _ in learned.named_parameters()} == {
-        "weights",
-        "conv.weight",
-        "conv.bias",
-    }
+    assert (
+        set(learned.state_dict())
+        == {name for name, _ in learned.named_parameters()}
+        == {
+            "weights",
+            "conv.weight",
+            "conv.bias",
+        }
+    )
 
 
 @pytest.mark.parametrize("kind", ["membrane", "tcja", "rate"])

@@ -1,56 +1,23 @@
-"""The metrics are what their definitions say, seeded, cached rightly and honest about what they lack."""
+"""A score repeats, is cached rightly, reads images as they are and is honest about what it lacks."""
 
 import json
 import math
 import warnings
 from typing import get_args
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
-from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric
-from torch_fidelity.metric_kid import mmd2
 
 from spikegen import scoring
 from spikegen.config import ScoringConfig, load_config
-from spikegen.data import DataSpec, to_uint8
+from spikegen.data import DataSpec
 from spikegen.extractors import Extractor, Features, load_extractor
-from spikegen.scoring import (
-    Interval,
-    Reference,
-    ScoreWarning,
-    accuracy,
-    frechet_distance,
-    inception_score,
-    kernel_distance,
-    load_reference,
-    read_folder,
-    reconstruction_mse,
-    score,
-    score_sets,
-    statistics_of,
-)
+from spikegen.images import to_uint8
+from spikegen.references import Reference, load_reference, read_folder
+from spikegen.scoring import ScoreWarning, score, score_sets
 from spikegen.spec import UserError
 from spikegen.training import build_model
-
-
-def normal(count: int, mean: torch.Tensor, cov: torch.Tensor, seed: int) -> torch.Tensor:
-    """`count` points whose own mean and covariance are exactly these."""
-    x = torch.randn(count, len(mean), dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    x = x - x.mean(0)
-    whiten = torch.linalg.inv(torch.linalg.cholesky(x.T @ x / (count - 1)))
-    return x @ whiten.T @ torch.linalg.cholesky(cov).T + mean
-
-
-def spd(dim: int, seed: int) -> torch.Tensor:
-    a = torch.randn(dim, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    return a @ a.T / dim + 0.1 * torch.eye(dim, dtype=torch.float64)
-
-
-def fid(x: torch.Tensor, y: torch.Tensor) -> float:
-    return frechet_distance(x, statistics_of(y)).value
 
 
 class Pixels(Extractor):
@@ -82,123 +49,6 @@ def save(images: torch.Tensor, folder) -> None:
     for k, image in enumerate(images):
         pixels = image.permute(1, 2, 0).numpy()
         Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(folder / f"{k:06d}.png")
-
-
-# ---- FID -----------------------------------------------------------------------------------------------
-
-
-def test_fid_of_gaussians_is_the_closed_form():
-    m1, m2, s1, s2 = torch.zeros(6).double(), torch.arange(6).double() / 3, spd(6, 1), spd(6, 2)
-    root = torch.linalg.eigvals(s1 @ s2).sqrt().real.sum()
-    expected = (m1 - m2).square().sum() + s1.trace() + s2.trace() - 2 * root
-    assert fid(normal(50, m1, s1, 3), normal(80, m2, s2, 4)) == pytest.approx(expected.item(), rel=1e-9)
-
-
-def test_fid_of_aligned_gaussians_is_what_the_hand_computes():
-    zero, eye = torch.zeros(4).double(), torch.eye(4).double()
-    shifted = normal(60, zero + 2, 9 * eye, 1)
-    assert fid(shifted, normal(60, zero, eye, 2)) == pytest.approx(4 * 2**2 + 4 * (3 - 1) ** 2)
-
-
-def test_fid_is_torch_fidelitys():
-    x, y = torch.randn(300, 12).double() ** 2, torch.rand(200, 12).double()
-    theirs = fid_statistics_to_metric(fid_features_to_statistics(x), fid_features_to_statistics(y), False)
-    assert fid(x, y) == pytest.approx(theirs[KEY_METRIC_FID], rel=1e-8)
-
-
-def test_fid_is_zero_of_itself_and_symmetric():
-    x, y = torch.randn(100, 8), torch.randn(90, 8) + 1
-    assert fid(x, x) == pytest.approx(0, abs=1e-6)
-    assert fid(x, y) == pytest.approx(fid(y, x), rel=1e-9)
-
-
-def test_fid_interval_is_seeded_and_covers_new_draws():
-    real = statistics_of(torch.randn(2000, 4, generator=torch.Generator().manual_seed(9)))
-    draws = [torch.randn(400, 4, generator=torch.Generator().manual_seed(k)) * 1.5 + 1 for k in range(20)]
-    values = [frechet_distance(draw, real, seed=1) for draw in draws]
-    assert values[0] == frechet_distance(draws[0], real, seed=1)
-    assert values[0] != frechet_distance(draws[0], real, seed=2)
-    centre = np.mean([v.value for v in values])
-    assert sum(v.low <= centre <= v.high for v in values) >= 15  # 19 expected; 20 resamples are few
-
-
-# ---- IS and KID ----------------------------------------------------------------------------------------
-
-
-def test_is_follows_from_its_definition():
-    logits = torch.randn(95, 7) * 3
-    with torch.random.fork_rng():
-        torch.manual_seed(5)
-        order = torch.randperm(95)
-    scores = []
-    for part in logits[order].double().softmax(1).chunk(10):
-        marginal = part.mean(0)
-        scores.append(
-            math.exp(
-                np.mean([sum(p * (p / q).log() for p, q in zip(x, marginal, strict=True)) for x in part])
-            )
-        )
-    found = inception_score(logits, seed=5)
-    assert found.value == pytest.approx(np.mean(scores), rel=1e-9)
-    assert found.high - found.value == pytest.approx(1.96 * np.std(scores, ddof=1) / 10**0.5, rel=1e-6)
-
-
-def test_is_is_torch_fidelitys_up_to_the_shuffle():
-    logits = (torch.randn(40, 5) * 2).repeat(10, 1)
-    theirs = isc_features_to_metric(logits, splits=10, shuffle=True, rng_seed=1)[KEY_METRIC_ISC_MEAN]
-    assert inception_score(logits).value == pytest.approx(theirs, rel=0.05)
-
-
-def test_is_has_its_bounds():
-    sure = torch.eye(10).repeat(100, 1)
-    assert inception_score(sure * 0).value == pytest.approx(1)
-    assert 9 < inception_score(sure * 1e4).value < 10.001  # and no NaN from log(0)
-    one_class = torch.zeros(50, 10)
-    one_class[:, 3] = 1e6
-    assert inception_score(one_class).value == pytest.approx(1)
-
-
-def test_is_is_seeded_and_leaves_the_generator_as_it_was():
-    logits = torch.randn(100, 5)
-    torch.manual_seed(3)
-    before = torch.get_rng_state()
-    assert inception_score(logits, 1) == inception_score(logits, 1) != inception_score(logits, 2)
-    assert torch.equal(before, torch.get_rng_state())
-
-
-@pytest.mark.parametrize("count", [2, 3, 5, 19, 20, 21])
-def test_is_of_few_images_is_a_number(count):
-    assert inception_score(torch.randn(count, 5)).value >= 1
-
-
-def test_kid_is_torch_fidelitys_on_whole_sets():
-    x, y = torch.rand(60, 5).double(), torch.rand(60, 5).double() * 1.5
-    xx, xy, yy = (((a @ b.T) / 5 + 1).numpy() ** 3 for a, b in ((x, x), (x, y), (y, y)))
-    found = kernel_distance(x, y)
-    assert found.value == pytest.approx(mmd2(xx, xy, yy), rel=1e-9)
-    assert found.low < found.value < found.high
-    assert found == kernel_distance(x, y)
-
-
-def test_kid_interval_is_the_spread_of_new_draws():
-    real = torch.rand(100, 4) + 0.5
-    draws = [kernel_distance(torch.rand(100, 4), real) for _ in range(30)]
-    spread = 1.96 * np.std([d.value for d in draws])
-    assert np.mean([d.high - d.value for d in draws]) == pytest.approx(spread, rel=0.5)
-
-
-# ---- reconstruction ------------------------------------------------------------------------------------
-
-
-def test_mse_is_on_images_from_minus_one_to_one():
-    images = noise(10)
-    assert reconstruction_mse(lambda x: x, images, 3) == Interval(0.0, 0.0, 0.0)
-    assert reconstruction_mse(lambda x: x + 0.5, images, 3).value == pytest.approx(0.25)
-
-
-def test_a_reconstruction_that_is_no_number_is_an_error():
-    with pytest.raises(UserError, match="not a finite number"):
-        reconstruction_mse(lambda x: x * math.nan, noise(4), 2)
 
 
 # ---- the whole score -----------------------------------------------------------------------------------
@@ -392,16 +242,8 @@ def test_the_uint8_step_is_the_stated_one():
     assert torch.equal(to_uint8(x), ((x + 1) / 2 * 255).round().clamp(0, 255).to(torch.uint8))
 
 
-def test_accuracy_is_the_fraction_right():
-    labels = torch.tensor([0, 1, 1, 1])
-    found = accuracy(lambda x: torch.eye(2)[torch.ones(len(x)).long()], noise(4), labels, 3)
-    assert (found.value, found.high) == (0.75, 1.0)
-
-
 def test_every_metric_a_config_may_name_is_offered():
-    assert set(scoring.METRICS) == set(
-        get_args(get_args(ScoringConfig.model_fields["metrics"].annotation)[0])
-    )
+    assert set(scoring.METRICS) == set(get_args(get_args(ScoringConfig.model_fields["metrics"].annotation)[0]))
 
 
 def test_a_model_is_scored_with_every_metric():

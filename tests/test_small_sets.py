@@ -29,9 +29,7 @@ def test_digits_are_scikit_learns() -> None:
         assert np.array_equal(file["labels"], oracle.target)
     sets = [DataSpec(name="digits", image_size=8).load(split) for split in ("train", "test")]
     assert [len(s) for s in sets] == [1437, 360]
-    ours = sorted(
-        (i.tobytes(), int(k)) for s in sets for i, k in zip(s.images.numpy(), s.labels, strict=True)
-    )
+    ours = sorted((i.tobytes(), int(k)) for s in sets for i, k in zip(s.images.numpy(), s.labels, strict=True))
     pixels = np.rint(oracle.images * 255 / 16).astype(np.uint8)
     # Every digit exactly once over both splits, with its label: so the splits are disjoint.
     assert ours == sorted((i.tobytes(), int(k)) for i, k in zip(pixels, oracle.target, strict=True))

@@ -13,6 +13,7 @@ from spikegen.stages import StageSpec, ThresholdNorm, dense_stage, down_stage, f
 def _seed():
     torch.manual_seed(0)
 
+
 NEURON = LIFSpec()
 
 

@@ -29,9 +29,7 @@ def scan(x: Tensor, beta: Tensor, threshold: Tensor, reset: str, surrogate: AnyS
 
 class _Scan(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, beta: Tensor, threshold: Tensor, reset: str, surrogate: AnySurrogate
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, beta: Tensor, threshold: Tensor, reset: str, surrogate: AnySurrogate) -> Tensor:
         keep = any(ctx.needs_input_grad)
         mems = torch.empty(x.shape if keep else (0,), dtype=beta.dtype, device=x.device)
         spikes = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -47,7 +45,7 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_spikes: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_spikes: Tensor) -> tuple[Tensor | None, ...]:
         mems, beta, threshold = ctx.saved_tensors
         need_x, need_beta, need_threshold = ctx.needs_input_grad[:3]
         grad_x = torch.empty(mems.shape, dtype=grad_spikes.dtype, device=mems.device) if need_x else None

@@ -1,0 +1,35 @@
+"""What training minimises: the losses, weighted as the config says."""
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from spikegen import losses
+from spikegen.config import LossesConfig
+from spikegen.vae import VAEOutput
+
+
+def loss_parts(
+    output: VAEOutput, image: Float[Tensor, "B C H W"], label: Int64[Tensor, " B"] | None, spec: LossesConfig
+) -> dict[str, Tensor]:
+    """Every term: those called `loss/...` are weighted and add up to the loss; the others are to look at."""
+    recon = losses.reconstruction(output.image, image)
+    if spec.prior == "mmd":
+        prior = losses.mmd(output.posterior, output.prior, spec.psp_tau)
+    else:
+        prior = losses.kl(output.posterior, output.prior)
+    parts = {"loss/recon": recon, "recon": recon, "loss/prior": spec.prior_weight * prior, "prior": prior}
+    if output.logits is not None and label is not None and spec.classification is not None:
+        entropy = losses.classification(output.logits, label)
+        parts |= {"loss/classification": spec.classification * entropy, "classification": entropy}
+        parts["accuracy"] = (output.logits.argmax(1) == label).float().mean()
+    parts["firing_rate"] = output.firing_rate.mean()
+    if spec.firing_rate:
+        excess = losses.firing_rate(output.firing_rate, spec.firing_rate_target)
+        parts["loss/firing_rate"] = spec.firing_rate * excess
+    return parts
+
+
+def total_loss(parts: dict[str, Tensor]) -> Float[Tensor, ""]:
+    """The sum of the weighted terms."""
+    return torch.stack([value for name, value in parts.items() if name.startswith("loss/")]).sum()
