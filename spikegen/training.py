@@ -48,7 +48,8 @@ def train(config: Config, out: str | Path, *, resume: bool = False, device: str 
     require_writable(run.path / "config.yaml")
     if resume:
         _require_same(config, run.config(), run)
-    train_set, test_set = config.data.load("train"), config.data.load("test")
+    with accelerator.main_process_first():  # the others then find what it downloaded and decoded
+        train_set, test_set = config.data.load("train"), config.data.load("test")
     if accelerator.device.type == "cuda" and train_set.images.nbytes <= DEVICE_LIMIT:
         train_set = _move(train_set, accelerator.device)
 
@@ -60,18 +61,21 @@ def train(config: Config, out: str | Path, *, resume: bool = False, device: str 
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay
     )
-    step, total = 0, math.ceil(settings.epochs * len(train_set) / settings.batch_size)
+    step, meter, total = 0, _Meter(), math.ceil(settings.epochs * len(train_set) / settings.batch_size)
     if resume:
         state = run.load_checkpoint(accelerator.device)
         for name, part in (("model", model), ("average", average), ("optimizer", optimizer)):
             part.load_state_dict(state[name])
         step = state["step"]
+        meter.resume(state["sums"], state["sums_steps"])
         run.forget_after(step * settings.batch_size)
     elif accelerator.is_main_process:
         run.start(config)
     accelerator.wait_for_everyone()
     wrapped, optimizer = accelerator.prepare(model, optimizer)
-    writer = SummaryWriter(str(run.tensorboard)) if settings.tensorboard and accelerator.is_main_process else None
+    writer = None
+    if settings.tensorboard and accelerator.is_main_process:
+        writer = SummaryWriter(str(run.tensorboard), purge_step=step * settings.batch_size + 1 if resume else None)
 
     def save(step: int) -> None:
         accelerator.wait_for_everyone()
@@ -79,7 +83,8 @@ def train(config: Config, out: str | Path, *, resume: bool = False, device: str 
             state = {
                 "step": step,
                 "images_seen": step * settings.batch_size,
-                "num_steps": config.model.num_steps,
+                "sums": meter.sums,
+                "sums_steps": meter.steps,
             }
             parts = {"model": model, "average": average, "optimizer": optimizer}
             run.save_checkpoint(state | {k: v.state_dict() for k, v in parts.items()}, settings.keep_checkpoints)
@@ -94,7 +99,6 @@ def train(config: Config, out: str | Path, *, resume: bool = False, device: str 
 
     # ---- the loop
     share = settings.batch_size // ranks
-    meter = _Meter()
     with progress_bar(accelerator.is_main_process) as bar, stop_signals() as stop:
         task = bar.add_task(
             "training", total=total * settings.batch_size, completed=step * settings.batch_size, info=""
@@ -129,14 +133,16 @@ def train(config: Config, out: str | Path, *, resume: bool = False, device: str 
                 info = f"loss {row['loss']:.4f}  recon {row['recon']:.4f}  {accuracy}{row['images_per_second']:.0f}/s"
                 bar.update(task, info=info)
             bar.update(task, completed=now)
-            if _crossed(seen, now, settings.checkpoint_every) or step == total or stop.is_set():
+            due = _crossed(seen, now, settings.checkpoint_every) or step == total
+            pause = time.perf_counter()
+            if due or stop.is_set():
                 save(step)
-                if stop.is_set() and step < total:
-                    raise Interrupted(f"stopped after {now} images; go on with --resume")
-                if accelerator.is_main_process:
-                    log(_evaluate(averaged, test_set, config, now))
-                    save_grid(to_uint8(averaged.sample(64)), run.samples / f"{now:012d}.png")
-                meter.restart()
+            if due and accelerator.is_main_process:
+                log(_evaluate(averaged, test_set, config, now))
+                save_grid(to_uint8(averaged.sample(64)), run.samples / f"{now:012d}.png")
+            if stop.is_set() and step < total:
+                raise Interrupted(f"stopped after {now} images; go on with --resume")
+            meter.start += time.perf_counter() - pause
     if writer:
         writer.close()
     accelerator.wait_for_everyone()
@@ -161,14 +167,13 @@ def dry_run(config: Config) -> str:
 
 
 class _Meter:
-    """Sums on the device between two log rows, read once a row; speed counts training steps alone."""
+    """Sums on the device between two log rows, read once a row; saving and sampling do not count as time."""
 
     def __init__(self) -> None:
-        self.restart()
+        self.resume({}, 0)
 
-    def restart(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self.steps, self.images, self.start = 0, 0, time.perf_counter()
+    def resume(self, sums: dict[str, Tensor], steps: int) -> None:
+        self.sums, self.steps, self.images, self.start = sums, steps, 0, time.perf_counter()
 
     def add(self, parts: dict[str, Tensor], images: int) -> None:
         for key, value in parts.items():
@@ -180,14 +185,8 @@ class _Meter:
         """The means since the last row, which starts the next."""
         means = {k: v.item() / self.steps for k, v in self.sums.items()}
         speed = self.images / (time.perf_counter() - self.start)
-        self.restart()
-        return {
-            "images_seen": images_seen,
-            "epoch": round(epoch, 4),
-            **means,
-            "lr": lr,
-            "images_per_second": speed,
-        }
+        self.resume({}, 0)
+        return {"images_seen": images_seen, "epoch": round(epoch, 4), **means, "lr": lr, "images_per_second": speed}
 
 
 def _batch(

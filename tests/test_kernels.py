@@ -225,6 +225,8 @@ def test_a_step_leaves_the_carried_membrane_as_it_was():
     for reset in RESETS:
         lif_step(currents(4, 3), mem, torch.tensor(0.5), torch.tensor(0.5), reset)
         assert torch.equal(mem, before)
+        start = lif_step(mem, None, torch.tensor(0.5), torch.tensor(0.5), reset)[1]
+        assert start.data_ptr() != mem.data_ptr()  # nor is the first membrane the current itself
 
 
 def test_snntorchs_list_of_every_neuron_does_not_grow():

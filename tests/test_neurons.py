@@ -36,7 +36,7 @@ class Fire(torch.autograd.Function):
 
 
 def fsvae_neuron(currents):
-    """u_t = tau u_{t-1} (1 - o_{t-1}) + I_t; o_t = 1[u_t > 0.2], tau 0.25; gradient 1[|u| < 0.5] (its code)."""
+    """u_t = tau u_{t-1} (1 - o_{t-1}) + I_t; o_t = 1[u_t > 0.2]; tau 0.25; its code's gradient 1[|u| < 0.5]."""
     u, o, out = torch.zeros_like(currents[0]), torch.zeros_like(currents[0]), []
     for current in currents:
         u = 0.25 * u * (1 - o) + current

@@ -57,6 +57,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(
     whole, parts = (Run(tmp_path / name).load_checkpoint(torch.device("cpu")) for name in ("whole", "parts"))
     assert whole["images_seen"] == 208  # 13 steps of 16: one epoch of 200, rounded up
     assert same(whole, parts)
+    assert rows(tmp_path / "whole") == rows(tmp_path / "parts")
     weights = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("whole", "parts")]
     assert weights[0] == weights[1]
     grids = [sorted((tmp_path / name / "samples").iterdir())[-1].read_bytes() for name in ("whole", "parts")]

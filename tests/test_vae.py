@@ -243,10 +243,10 @@ def test_a_label_fixes_the_class_and_without_one_all_are_drawn():
     free = model.sample(8)
     for k in range(8):
         assert torch.equal(free[k], fixed[asked[-1][k]][k])
-    model.sample(600)
-    counts = torch.bincount(torch.cat(asked[-10:]), minlength=3)
-    assert counts.sum() == 640
-    assert bool(((counts - 640 / 3).abs() < 5 * (640 * 2 / 9) ** 0.5).all())
+    model.sample(256)
+    counts = torch.bincount(torch.cat(asked[-4:]), minlength=3)
+    assert counts.sum() == 256
+    assert bool(((counts - 256 / 3).abs() < 5 * (256 * 2 / 9) ** 0.5).all())
 
 
 @pytest.mark.parametrize("num", [0, -3])
@@ -289,6 +289,7 @@ KINDS = [
     {"readout": {"kind": "tcja", "reduce": "mean"}},
     {"head": {"source": "latent"}},
     {"head": None},
+    {"classes": ()},
     {"conditional": True},
     {"attention": {"kind": "tcja"}},
     {"attention": {"kind": "tcja", "causal": True, "fusion": "sum"}, "attention_in": "decoder"},
@@ -304,15 +305,12 @@ KINDS = [
 
 
 @pytest.mark.parametrize("values", KINDS, ids=str)
-@pytest.mark.parametrize("classes", [CLASSES, ()], ids=["labels", "no labels"])
-def test_every_kind_trains(values, classes):
-    if values.get("conditional") and not classes:
-        pytest.skip("refused")
-    model, x, label = build(classes=classes, **values).train(), images(8), torch.arange(8) % 3
+def test_every_kind_trains(values):
+    model, x, label = build(**values).train(), images(4), torch.tensor([0, 1, 2, 1])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(2):
         optimizer.zero_grad()
-        loss_of(model(x, label if classes else None, progress=0.5), x, label).backward()
+        loss_of(model(x, label, progress=0.5), x, label).backward()
         optimizer.step()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
