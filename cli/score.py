@@ -24,7 +24,7 @@ def command(
     out: Path | None, device: str,
 ) -> None:  # fmt: skip
     """Score SOURCE, a run, a saved model or a folder of images, against real images."""
-    from spikegen.runs import pick_device, scores_path
+    from spikegen.runs import scores_path
     from spikegen.scoring import score
     from spikegen.storage import require_writable, write_json
 
@@ -32,6 +32,6 @@ def command(
     path = out or scores_path(source)
     require_writable(path)
     names = tuple(metrics.split(",")) if metrics else None
-    result = score(source, reference, names, num, extractor, pick_device(device))
+    result = score(source, reference, names, num, extractor, device)
     write_json(path, result.to_json())
     click.echo(f"{result.table()}\n{path}")

@@ -105,12 +105,13 @@ class DataSpec(Spec):
         if not paths:
             raise UserError(f"data.root: {root} has no {split} image ({', '.join(IMAGE_SUFFIXES)})")
         shape = (self.image_channels(), self.image_size, crop)
-        images = decode_files(paths[:limit], *shape, root=root, cache=_default_root() / "cache" / self.name)
+        images = decode_files(paths[:limit], *shape, root=root, cache=default_root() / "cache" / self.name)
         return ImageSet(images, torch.tensor(labels[:limit]) if classes else None, classes)
 
     def _root(self) -> Path:
-        return _default_root() if self.root is None else self.root.expanduser()
+        return default_root() if self.root is None else self.root.expanduser()
 
 
-def _default_root() -> Path:
+def default_root() -> Path:
+    """Where data and caches lie when not told: $SPIKEGEN_DATA, else ~/.cache/spikegen/data."""
     return Path(os.environ.get("SPIKEGEN_DATA") or "~/.cache/spikegen/data").expanduser()

@@ -5,7 +5,6 @@ Every image is uint8 here and passes the extractor once; `metrics` computes the 
 
 import contextlib
 import hashlib
-import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -34,7 +33,7 @@ from spikegen.metrics import (
 )
 from spikegen.progress import progress_bar
 from spikegen.references import BATCH, Batches, Reference, floor_images, image_shape, load_reference, read_folder
-from spikegen.runs import generate, open_run
+from spikegen.runs import generate, open_run, pick_device
 from spikegen.spec import UserError, suggest
 from spikegen.storage import replacing
 from spikegen.vae import SpikingVAE
@@ -71,7 +70,7 @@ def score(
     metrics: tuple[str, ...] | None = None,
     num: int | None = None,
     extractor: str | None = None,
-    device: str = "cpu",
+    device: str = "auto",
 ) -> Score:
     """Score `source`, a run, a saved model or a folder of images, against `reference`.
 
@@ -79,7 +78,7 @@ def score(
     default what the run was trained on. What is None comes from the run's config. A folder scores all its
     images, by fid and is.
     """
-    given = Path(source)
+    given, device = Path(source), pick_device(device)
     if given.is_dir() and not any((given / name).exists() for name in ("config.yaml", "config.json")):
         return _score_folder(given, reference, metrics or ("fid", "is"), num, extractor, device)
     model, config = open_run(source, device)
@@ -135,7 +134,7 @@ def _load_network(name: str | None, real: Reference, device: str) -> Extractor:
 
 
 def _cache_folder() -> Path:
-    return Path(os.environ.get("SPIKEGEN_DATA") or "~/.cache/spikegen/data").expanduser() / "cache"
+    return default_root() / "cache"
 
 
 def score_sets(

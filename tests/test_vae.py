@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from spikegen import losses
 from spikegen.attention import CLASpec, TCJASpec, TLASpec
+from spikegen.draws import uniform_per_image
 from spikegen.kernels import ENGINES
 from spikegen.latents import BernoulliSpec
 from spikegen.neurons import LIFSpec
@@ -221,13 +222,12 @@ def test_image_k_depends_on_model_seed_and_k_alone(conditional, seed):
     assert len(many.flatten(1).unique(dim=0)) > 10
 
 
-def test_sampling_is_decoding_the_prior_with_the_images_numbers():
-    from spikegen.draws import uniform_per_image
-
+@pytest.mark.parametrize("first", [2, 66])
+def test_sampling_is_decoding_the_prior_with_the_images_numbers(first):
     model = build()
     with torch.no_grad():
-        z = model.latent.sample(uniform_per_image(5, 2, 3, (4, 4)))
-        torch.testing.assert_close(model.sample(3, seed=5, first=2), model.decode(z))
+        z = model.latent.sample(uniform_per_image(5, first, 3, (4, 4)))
+        torch.testing.assert_close(model.sample(3, seed=5, first=first), model.decode(z))
 
 
 def test_a_label_fixes_the_class_and_without_one_all_are_drawn():
