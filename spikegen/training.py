@@ -4,6 +4,7 @@ import hashlib
 import math
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -99,7 +100,7 @@ def train(config: Config, out: str | Path, *, resume: bool = False, device: str 
 
     # ---- the loop
     share = settings.batch_size // ranks
-    with progress_bar(accelerator.is_main_process) as bar, stop_signals() as stop:
+    with progress_bar(accelerator.is_main_process) as bar, stop_signals() as stop, writer or nullcontext():
         task = bar.add_task(
             "training", total=total * settings.batch_size, completed=step * settings.batch_size, info=""
         )
@@ -143,8 +144,6 @@ def train(config: Config, out: str | Path, *, resume: bool = False, device: str 
             if stop.is_set() and step < total:
                 raise Interrupted(f"stopped after {now} images; go on with --resume")
             meter.start += time.perf_counter() - pause
-    if writer:
-        writer.close()
     accelerator.wait_for_everyone()
     return run.path
 

@@ -40,10 +40,11 @@ def noise(steps=STEPS, batch=BATCH):
     return torch.rand(steps, batch, SIZE).double()
 
 
-def run(stages, x):
-    """A network over a whole sequence, from its parts."""
-    for stage in stages:
-        x = stage.neuron(torch.stack([stage.norm.running(stage.layer(frame)) for frame in x]))
+def run(stages, x, extra=0.0):
+    """A network over a whole sequence, from its parts; `extra` joins the last layer's currents."""
+    for i, stage in enumerate(stages):
+        current = torch.stack([stage.norm.running(stage.layer(frame)) for frame in x])
+        x = stage.neuron(current + extra if i == len(stages) - 1 else current)
     return x
 
 
@@ -65,13 +66,18 @@ def prior_input(latent, z, label):
 
 @torch.no_grad()
 @pytest.mark.parametrize("steps", [1, STEPS])
-def test_the_posterior_is_the_whole_prefix_run_again_at_every_step(steps):
-    latent, x, uniform = build(), features(steps), noise(steps)
+@pytest.mark.parametrize("shortcut", [False, True])
+def test_the_posterior_is_the_whole_prefix_run_again_at_every_step(steps, shortcut):
+    latent, x, uniform = build(shortcut=shortcut), features(steps), noise(steps)
     posterior = latent.infer(x, uniform)
-    encoded = run([latent.project], x)
+    encoded, extra = run([latent.project], x), torch.zeros(steps, 1, 1).double()
+    if shortcut:  # one current a bit, the same for each of its candidates
+        extra = torch.stack([latent.shortcut(frame) for frame in x]).repeat_interleave(K, -1)
+        assert extra.count_nonzero() == extra.numel() > 0
     z = torch.zeros(1, BATCH, SIZE).double()  # z_0, z_1, ...
     for t in range(steps):
-        bits, rate = last_bits(run(latent.posterior, torch.cat([encoded[: t + 1], z], -1)), uniform[t])
+        out = run(latent.posterior, torch.cat([encoded[: t + 1], z], -1), extra[: t + 1])
+        bits, rate = last_bits(out, uniform[t])
         assert torch.equal(posterior.spikes[t], bits)
         torch.testing.assert_close(posterior.rate[t], rate)
         z = torch.cat([z, bits[None]])
@@ -104,10 +110,11 @@ def test_the_priors_view_of_given_bits_is_its_stepped_network(label):
 
 
 @torch.no_grad()
-def test_bits_depend_on_no_later_step():
-    latent, x, uniform = build(), features(), noise()
+@pytest.mark.parametrize("shortcut", [False, True])
+def test_bits_depend_on_no_later_step(shortcut):
+    latent, x, uniform = build(shortcut=shortcut), features(), noise()
     posterior, sampled = latent.infer(x, uniform), latent.sample(uniform)
-    for t in range(1, STEPS):
+    for t in (1, STEPS // 2, STEPS - 1):
         other_x, other_uniform = x.clone(), uniform.clone()
         other_x[t:] = 1 - x[t:]
         other_uniform[t:] = noise(STEPS - t)
@@ -209,9 +216,10 @@ def test_no_scheduled_sampling_in_evaluation_nor_without_a_chance(training, chan
 @pytest.mark.parametrize(("progress", "chance"), [(0.0, 0.2), (0.5, 0.5), (1.0, 0.8)])
 def test_the_chance_rises_with_progress(progress, chance):
     latent = build(scheduled_from=0, scheduled=(0.2, 0.8)).train()
-    spikes = torch.full((100, 1, SIZE), 0.25).double()  # no bit of the prior's own is 0.25
-    own = sum((scheduled(latent, spikes, progress=progress)[0][1:, 0, 0] != 0.25).sum().item() for _ in range(4))
-    assert abs(own / (4 * 99) - chance) < 5 * 0.5 / (4 * 99) ** 0.5
+    spikes = torch.full((150, 1, SIZE), 0.25).double()  # no bit of the prior's own is 0.25
+    fed, _ = scheduled(latent, spikes, progress=progress)
+    own = (fed[1:, 0, 0] != 0.25).double().mean()
+    assert abs(own - chance) < 5 * 0.5 / 149**0.5
 
 
 @torch.no_grad()
@@ -234,9 +242,9 @@ def test_a_missing_label_is_refused_and_an_unconditional_prior_ignores_one():
     assert torch.equal(plain.predict(spikes, LABELS).rate, plain.predict(spikes).rate)
 
 
-@pytest.mark.parametrize("labels", [0, 3])
-def test_every_parameter_gets_the_gradient_it_should(labels):
-    latent = build(labels).train()
+@pytest.mark.parametrize(("labels", "shortcut"), [(0, False), (3, True)])
+def test_every_parameter_gets_the_gradient_it_should(labels, shortcut):
+    latent = build(labels, shortcut=shortcut).train()
     x = features(12, 16).requires_grad_()
     label = torch.arange(16) % 3 if labels else None
     posterior = latent.infer(x, noise(12, 16))
@@ -249,7 +257,7 @@ def test_every_parameter_gets_the_gradient_it_should(labels):
         # A batch norm takes off whatever the bias before it adds: no such gradient but rounding.
         return {n for n, g in zip(names, grads, strict=True) if g is not None and g.abs().max() > 1e-12}
 
-    names = {n for n, _ in latent.named_parameters() if not n.endswith("layer.bias")}
+    names = {n for n, _ in latent.named_parameters() if not n.endswith(("layer.bias", "shortcut.0.bias"))}
     of_prior = {n for n in names if n.startswith(("prior", "label"))}
     assert reached((prior.rate * weights).sum()) == of_prior  # and nothing flows back into the posterior's bits
     assert reached((posterior.rate * weights).sum()) == (names - of_prior) | {"x"}

@@ -299,6 +299,7 @@ KINDS = [
     {"neuron": {"surrogate": "fast_sigmoid"}},
     {"neuron": {"surrogate": {"kind": "triangle", "gamma": 2.0}}},
     {"stages": [{"channels": 3, "stride": 1}, {"channels": 5, "neuron": {"beta": 0.9, "threshold": 0.5}}]},
+    {"latent": {"size": 4, "candidates": 3, "shortcut": True}},
     {"num_steps": 1},
     {"engine": "reference"},
 ]
