@@ -87,8 +87,9 @@ class TCJA(nn.Module):
         self.num_steps, self.channels, self.fusion, self.causal = num_steps, channels, fusion, causal
         self.tla = nn.Conv1d(channels, channels, kernel_t, bias=False) if kernel_t else None
         self.cla = nn.Conv1d(num_steps, num_steps, kernel_c, bias=False) if kernel_c else None
-        steps = torch.ones(num_steps, num_steps, 1)
-        self.register_buffer("mask", steps.tril() if causal else steps, persistent=False)
+        # CLA's weight is [j, n, K_C]: row j, the output step, may look at columns n <= j.
+        steps = torch.ones(num_steps, num_steps)
+        self.register_buffer("mask", (steps.tril() if causal else steps).unsqueeze(-1), persistent=False)
 
     def forward(self, x: Float[Tensor, "T B C *hw"]) -> Float[Tensor, "T B C *hw"]:
         """The gated spike train; UserError when its steps or channels are not those that the block was built for."""

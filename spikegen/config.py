@@ -44,7 +44,7 @@ class TrainingConfig(Spec):
     """Largest norm of the gradient."""
     ema: float = Field(0.999, ge=0, lt=1)
     """Decay of the averaged weights, which are what is saved; 0 saves the last ones."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     precision: Literal["fp32", "bf16"] = "fp32"
     losses: LossesConfig = LossesConfig()
     log_every: int = Field(2_000, ge=1)
@@ -64,7 +64,7 @@ class ScoringConfig(Spec):
         ("fid", "fid_floor", "is", "mse", "accuracy"), min_length=1
     )
     num: int = Field(5_000, ge=2)
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     batch_size: int = Field(250, ge=1)
 
 

@@ -2,7 +2,7 @@
 
 import itertools
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Float, Int64
@@ -13,6 +13,8 @@ from spikegen.kernels import Engine
 from spikegen.neurons import LIFSpec
 from spikegen.spec import Spec, UserError
 from spikegen.stages import Stage, ThresholdNorm, dense_stage, fold_time
+
+Chance = Annotated[float, Field(ge=0, le=1)]
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class BernoulliSpec(Spec):
     size: int = Field(128, ge=1)
     candidates: int = Field(20, ge=1)
     scheduled_from: int = Field(5, ge=0)
-    scheduled: tuple[float, float] = (0.1, 0.3)
+    scheduled: tuple[Chance, Chance] = (0.1, 0.3)
     shortcut: bool = False
     label_size: int = Field(32, ge=1)
 

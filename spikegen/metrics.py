@@ -24,7 +24,7 @@ from spikegen.spec import UserError
 RESAMPLES = 20
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000  # as torchmetrics and torch-fidelity have them
 
-Network = Callable[[Tensor], Tensor]  # of batches of images in [-1, 1]
+Network = Callable[[Tensor, int], Tensor]  # of a batch of images in [-1, 1], and the first one's index
 
 
 @dataclass(frozen=True)
@@ -154,8 +154,8 @@ def _cubic_kernel(x: Float64[Tensor, "N d"], y: Float64[Tensor, "M d"]) -> Float
 def reconstruction_mse(reconstruct: Network, images: UInt8[Tensor, "N C H W"], batch_size: int = 250) -> Interval:
     """Mean squared error of reconstructions of images in [-1, 1]; the interval is 1.96 standard errors."""
     errors = []
-    for batch in map(to_model, images.split(batch_size)):
-        errors.append((reconstruct(batch).cpu().double() - batch).square().flatten(1).mean(1))
+    for k, batch in enumerate(map(to_model, images.cpu().split(batch_size))):
+        errors.append((reconstruct(batch, k * batch_size).cpu().double() - batch).square().flatten(1).mean(1))
     each = torch.cat(errors)
     return _interval(each.mean().item(), each.std().item() / len(each) ** 0.5, least=0.0)
 
@@ -164,8 +164,12 @@ def accuracy(
     classify: Network, images: UInt8[Tensor, "N C H W"], labels: Int64[Tensor, "N"], batch_size: int = 250
 ) -> Interval:
     """The fraction classified right; the interval is 1.96 standard errors."""
-    parts = zip(images.split(batch_size), labels.split(batch_size), strict=True)
-    right = torch.cat([classify(to_model(x)).argmax(1).cpu() == y for x, y in parts]).double()
+    right = torch.cat(
+        [
+            classify(to_model(x), k * batch_size).argmax(1).cpu() == y
+            for k, (x, y) in enumerate(zip(images.cpu().split(batch_size), labels.cpu().split(batch_size), strict=True))
+        ]
+    ).double()
     found = _interval(right.mean().item(), right.std().item() / len(right) ** 0.5, least=0.0)
     return Interval(found.value, found.low, min(found.high, 1.0))
 

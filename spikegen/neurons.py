@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from spikegen.kernels import Engine, Reset, lif_scan, lif_step
 from spikegen.kernels.surrogates import ATan, Surrogate
-from spikegen.spec import Spec
+from spikegen.spec import Spec, UserError
 
-PerChannel = tuple[Annotated[float, Field(gt=0)], ...]
+Beta = Annotated[float, Field(ge=0, le=1)]
+Threshold = Annotated[float, Field(gt=0)]
 
 
 class LIFSpec(Spec):
@@ -22,8 +23,8 @@ class LIFSpec(Spec):
     """
 
     kind: Literal["lif"] = "lif"
-    beta: Annotated[float, Field(ge=0, le=1)] | tuple[Annotated[float, Field(ge=0, le=1)], ...] = 0.25
-    threshold: Annotated[float, Field(gt=0)] | PerChannel = 0.2
+    beta: Beta | Annotated[tuple[Beta, ...], Field(min_length=1)] = 0.25
+    threshold: Threshold | Annotated[tuple[Threshold, ...], Field(min_length=1)] = 0.2
     reset: Reset = "zero"
     surrogate: Surrogate = ATan()
     learn_beta: bool = False
@@ -32,6 +33,12 @@ class LIFSpec(Spec):
     def build(self, engine: Engine = "auto") -> "LIF":
         """The module that this describes."""
         return LIF(self, engine)
+
+    def check_channels(self, channels: int) -> None:
+        """UserError unless a per-channel beta or threshold has one value for each of `channels`."""
+        for name, value in (("beta", self.beta), ("threshold", self.threshold)):
+            if isinstance(value, tuple) and len(value) != channels:
+                raise UserError(f"neuron.{name} has {len(value)} values, but the layer has {channels} channels")
 
     @property
     def mean_threshold(self) -> float:
@@ -59,19 +66,20 @@ class LIF(nn.Module):
 
     def forward(self, current: Float[Tensor, "T B *n"]) -> Float[Tensor, "T B *n"]:
         """Spikes (0 or 1, in the dtype of `current`) of a sequence of currents; channels are dimension 2."""
-        beta, threshold = self._constants(current.dim() - 1)
+        beta, threshold = self._constants(current[0])
         return lif_scan(current, beta, threshold, self.spec.reset, self.spec.surrogate, self.engine)
 
     def step(
         self, current: Float[Tensor, "B *n"], mem: Float[Tensor, "B *n"] | None
     ) -> tuple[Float[Tensor, "B *n"], Float[Tensor, "B *n"]]:
         """One time step without gradient: (spikes, membrane to carry to the next step); `mem` None starts at rest."""
-        beta, threshold = self._constants(current.dim())
+        beta, threshold = self._constants(current)
         return lif_step(current, mem, beta, threshold, self.spec.reset)
 
-    def _constants(self, step_dims: int) -> tuple[Tensor, Tensor]:
-        """Beta and threshold, a per-channel one shaped [C, 1, ...] to broadcast over [B, C, ...]."""
-        shape = (-1,) + (1,) * (step_dims - 2)
+    def _constants(self, step: Tensor) -> tuple[Tensor, Tensor]:
+        """Beta and threshold, a per-channel one shaped [C, 1, ...] to broadcast over a step [B, C, ...]."""
+        self.spec.check_channels(step.shape[1])
+        shape = (-1,) + (1,) * (step.dim() - 2)
         beta, threshold = (p.view(shape) if p.dim() else p for p in (self.beta, self.threshold))
         return beta, threshold
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from spikegen.spec import UserError
-from spikegen.storage import replacing, require_writable, user_mistakes
+from spikegen.storage import replacing, require_writable
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP"}
 
@@ -22,25 +22,22 @@ def check_picture(path: Path | None) -> None:
         return
     if path.suffix.lower() not in FORMATS:
         raise UserError(f"--out {path}: a picture's name ends in {', '.join(FORMATS)}")
-    if path.is_dir():
-        raise UserError(f"--out {path}: is a folder; name a file in it")
     require_writable(path)
 
 
-def new_folder(path: Path | None) -> None:
-    """Make the folder for `--images`; UserError where files are in it already, which are not to be lost."""
+def check_folder(path: Path | None) -> None:
+    """UserError where `--images` could not go, or where files are already, which are not to be lost."""
     if path is None:
         return
-    with user_mistakes("write", path):
-        path.mkdir(parents=True, exist_ok=True)
-        if any(path.iterdir()):
-            raise UserError(f"--images {path}: is not empty; choose another folder")
+    require_writable(path / "000000.png")
+    if path.is_dir() and any(path.iterdir()):
+        raise UserError(f"--images {path}: is not empty; choose another folder")
 
 
 def save_image(image: UInt8[Tensor, "C H W"], path: Path) -> None:
     """Write one image; the suffix of `path` says the format."""
     array = image[0] if image.shape[0] == 1 else image.permute(1, 2, 0)
-    with replacing(path) as beside:
+    with replacing(path, flush=False) as beside:
         Image.fromarray(array.cpu().numpy()).save(beside, format=FORMATS[path.suffix.lower()])
 
 

@@ -28,11 +28,14 @@ class MembraneSpec(Spec):
 
 
 class TCJAReadoutSpec(Spec):
-    """Every step's image gated by TCJA, then summed (the code that goes with the paper) or averaged (its text)."""
+    """Every step's image gated by TCJA, then summed (the code that goes with the paper) or averaged (its text).
+
+    That code's kernels, 1 and 4, have TCJA's crossed names: 4 is along time, 1 along channels.
+    """
 
     kind: Literal["tcja"] = "tcja"
-    kernel_t: int = Field(1, ge=1)
-    kernel_c: int = Field(4, ge=1)
+    kernel_t: int = Field(4, ge=1)
+    kernel_c: int = Field(1, ge=1)
     reduce: Literal["sum", "mean"] = "sum"
 
     def build(self, inputs: int, channels: int, num_steps: int) -> "TCJAReadout":

@@ -32,6 +32,7 @@ class Reference:
     images: UInt8[Tensor, "N C H W"]
     data: DataSpec | None = None
     labels: Int64[Tensor, "N"] | None = None
+    classes: tuple[str, ...] = ()
 
     @property
     def data_name(self) -> str:
@@ -71,7 +72,7 @@ def load_reference(reference: str, shape: Shape, data: DataSpec | None = None) -
     data = data.model_copy(update={"image_size": shape[1], "train_limit": None})
     chosen: Split = "train" if split == "train" else "test"
     held = data.load(chosen)
-    return Reference(name, chosen, held.images, data, held.labels)
+    return Reference(name, chosen, held.images, data, held.labels, held.classes)
 
 
 def read_folder(path: Path, limit: int | None = None) -> UInt8[Tensor, "N C H W"]:

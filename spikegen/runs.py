@@ -14,9 +14,9 @@ from spikegen.config import Config, dump_config, load_config
 from spikegen.data import to_model, to_uint8
 from spikegen.losses import reconstruction
 from spikegen.progress import progress_bar
-from spikegen.spec import UserError
-from spikegen.storage import read_json, replacing, write_text
-from spikegen.vae import SAMPLE_CHUNK, SpikingVAE
+from spikegen.spec import UserError, parse
+from spikegen.storage import read_json, replacing, require_writable, write_text
+from spikegen.vae import SAMPLE_CHUNK, SavedModel, SpikingVAE
 
 
 class Run:
@@ -38,10 +38,17 @@ class Run:
             raise UserError(f"{self.path} is no run: it has no config.yaml; train one with --out {self.path}")
         return load_config(self.config_file)
 
-    def start(self, config: Config) -> None:
-        """Make the folder of a new run; UserError where one is there already."""
-        if self.config_file.exists() or (self.path.is_dir() and any(self.path.iterdir())):
+    def require_new(self) -> None:
+        """UserError where a run, or anything else, is there already, or nothing can be written."""
+        require_writable(self.config_file)
+        if self.path.is_dir() and any(self.path.iterdir()):
             raise UserError(f"{self.path} exists: add --resume to go on with it, or choose another --out")
+
+    def start(self, config: Config) -> None:
+        """Write the config of a new run, its data folder absolute so that the run can be used from anywhere."""
+        if config.data.root is not None:
+            data = config.data.model_copy(update={"root": config.data.root.expanduser().absolute()})
+            config = config.model_copy(update={"data": data})
         write_text(self.config_file, dump_config(config))
 
     def log(self, row: dict[str, Any]) -> None:
@@ -118,7 +125,7 @@ def open_run(source: str | Path, device: str = "auto") -> tuple[SpikingVAE, Conf
         raise UserError(
             f"{run.path} has no model yet; go on with: spikegen train {run.config_file} --out {run.path} --resume"
         )
-    steps = read_json(saved).get("model", {}).get("num_steps")
+    steps = parse(SavedModel, read_json(saved), str(saved)).model.num_steps
     if steps != config.model.num_steps:
         raise UserError(
             f"{run.config_file} has model.num_steps {config.model.num_steps}, but {saved} was trained with {steps}"
@@ -146,7 +153,8 @@ def reconstruct_test(
         raise UserError(f"{source} has no config.yaml that names its data; give a run folder")
     images = config.data.load("test").images[:num]
     copies = [
-        model.reconstruct(to_model(part).to(model.device), seed=k).cpu() for k, part in enumerate(images.split(250))
+        model.reconstruct(to_model(part).to(model.device), first=250 * k).cpu()
+        for k, part in enumerate(images.split(250))
     ]
     error = reconstruction(torch.cat(copies), to_model(images)).item()
     return images, to_uint8(torch.cat(copies)), error

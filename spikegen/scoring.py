@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from spikegen.config import ScoringConfig
-from spikegen.extractors import Extractor, Features, default_extractor, load_extractor
+from spikegen.data import default_root
+from spikegen.extractors import Extractor, Features, default_extractor, load_extractor, weights_hash
 from spikegen.metrics import (
     Interval,
     Network,
@@ -38,6 +39,7 @@ from spikegen.spec import UserError, suggest
 from spikegen.storage import replacing
 from spikegen.vae import SpikingVAE
 
+PACKAGES = ("torch", "torchmetrics", "torchvision", "torch-fidelity")
 METRICS = ("fid", "fid_floor", "is", "kid", "mse", "accuracy")
 
 
@@ -65,7 +67,7 @@ class Score:
 
 
 def score(
-    source: str,
+    source: str | Path,
     reference: str | None = None,
     metrics: tuple[str, ...] | None = None,
     num: int | None = None,
@@ -98,8 +100,10 @@ def _score_model(
     num: int,
     choice: ScoringConfig,
 ) -> Score:
-    can_classify = model.head is not None and real.labels is not None
-    lacking = {"fid_floor": real.split != "test", "accuracy": not can_classify}
+    can_classify = model.head is not None and real.labels is not None and real.classes == model.classes
+    other_shape = image_shape(real.images) != tuple(model.image_shape)
+    lacking = {"fid_floor": real.split != "test", "accuracy": not can_classify, "mse": other_shape}
+    seed = choice.seed
     return score_sets(
         generate(model, num, choice.seed),
         real,
@@ -107,9 +111,10 @@ def _score_model(
         metrics or tuple(metric for metric in choice.metrics if not lacking.get(metric)),
         seed=choice.seed,
         cache=_cache_folder(),
-        reconstruct=lambda images: model.reconstruct(images.to(model.device)),
-        classify=(lambda images: model.classify(images.to(model.device))) if can_classify else None,
+        reconstruct=None if other_shape else lambda x, first: model.reconstruct(x.to(model.device), seed, first),
+        classify=(lambda x, first: model.classify(x.to(model.device), seed, first)) if can_classify else None,
         batch_size=choice.batch_size,
+        source={"model_sha256": weights_hash(model.state_dict()), "num_steps": model.config.num_steps},
     )
 
 
@@ -148,6 +153,7 @@ def score_sets(
     reconstruct: Network | None = None,
     classify: Network | None = None,
     batch_size: int = 250,
+    source: dict[str, Any] | None = None,
 ) -> Score:
     """Score uint8 batches of generated images.
 
@@ -165,7 +171,7 @@ def score_sets(
 
     compute: dict[str, Callable[[], Interval]] = {
         "fid": lambda: distance(seen),
-        "fid_floor": lambda: distance(extract(floor_images(reference, count, seed), extractor)),
+        "fid_floor": lambda: distance(_floor(reference, count, seed, extractor)),
         "is": lambda: inception_score(_logits(seen, extractor), seed),
         "kid": lambda: kernel_distance(seen.features, extract(real.split(BATCH), extractor).features, seed),
     }
@@ -173,7 +179,7 @@ def score_sets(
         compute["mse"] = lambda: reconstruction_mse(reconstruct, real, batch_size)
     if classify and labels is not None:
         compute["accuracy"] = lambda: accuracy(classify, real, labels, batch_size)
-    settings = _settings(reference, extractor, count, seed)
+    settings = _settings(reference, extractor, count, seed) | {"batch_size": batch_size, **(source or {})}
     return Score({metric: compute[metric]() for metric in metrics}, settings)
 
 
@@ -200,6 +206,14 @@ def _check_counts(count: int, real: int, dim: int, metrics: tuple[str, ...]) -> 
         warnings.warn(f"{says}; got {' and '.join(few)}", ScoreWarning, stacklevel=3)
 
 
+def _floor(reference: Reference, count: int, seed: int, extractor: Extractor) -> Features:
+    shown = extract(floor_images(reference, count, seed), extractor)
+    if len(shown.features) < count:
+        says = f"fid_floor is of all {len(shown.features)} training images, fewer than the {count} generated"
+        warnings.warn(says, ScoreWarning, stacklevel=2)
+    return shown
+
+
 def _logits(seen: Features, extractor: Extractor) -> Tensor:
     if seen.logits is None:
         raise UserError(f"metrics: is needs an extractor with classes, not {extractor.name}; leave it out")
@@ -207,7 +221,7 @@ def _logits(seen: Features, extractor: Extractor) -> Tensor:
 
 
 def _settings(reference: Reference, extractor: Extractor, count: int, seed: int) -> dict[str, Any]:
-    packages = {"spikegen": "spikegen-vae"} | {name: name for name in ("torch", "torchmetrics", "torchvision")}
+    packages = {"spikegen": "spikegen-vae"} | {name: name for name in PACKAGES}
     return {
         "extractor": extractor.settings(),
         "reference": reference.name,

@@ -24,7 +24,7 @@ class Spec(BaseModel):
 S = TypeVar("S", bound=Spec)
 
 
-def parse(spec: type[S], values: Mapping[str, Any], source: str) -> S:
+def parse(spec: type[S], values: Any, source: str) -> S:
     """Validate `values` as `spec`; `source` (a file, a preset) is named in the UserError that a mistake raises."""
     try:
         return spec.model_validate(values)

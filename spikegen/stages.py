@@ -80,6 +80,7 @@ class Stage(nn.Module):
         alpha: float,
     ):
         super().__init__()
+        neuron.check_channels(channels)
         self.layer = layer
         self.norm = ThresholdNorm(channels, alpha * neuron.mean_threshold)
         self.neuron = neuron.build(engine)

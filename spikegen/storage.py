@@ -1,21 +1,24 @@
 """Writing to disk so that nothing already there is lost: beside, flushed, then renamed."""
 
 import contextlib
+import errno
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from spikegen.spec import UserError
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, flush: bool = True) -> Iterator[Path]:
     """Yield a temporary path beside `path`; when the block ends well it is flushed and renamed over `path`.
 
-    When the block fails the temporary is removed and `path` is as it was. Raises UserError when the folder cannot be
-    written, OSError when the disk fills.
+    `flush` False leaves the flushing to the system, for many small files. When the block fails the temporary is
+    removed and `path` is as it was. Raises UserError when the folder cannot be written, OSError when the disk fills.
     """
     with user_mistakes("write", path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -23,11 +26,14 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         with user_mistakes("write", path):
             yield beside
-            with open(beside, "rb+") as f:
-                os.fsync(f.fileno())
+            if flush:
+                with open(beside, "rb+") as f:
+                    os.fsync(f.fileno())
             os.replace(beside, path)
-    except OSError as error:
-        raise OSError(error.errno, f"cannot save {path}: {error.strerror}; what was there before is unharmed") from None
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or error
+        code = getattr(error, "errno", None) or errno.EIO
+        raise OSError(code, f"cannot save {path}: {why}; what was there before is unharmed") from None
     finally:
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)
@@ -47,7 +53,7 @@ def user_mistakes(verb: str, path: Path) -> Iterator[None]:
     ) as error:
         raise UserError(f"cannot {verb} {path}: {error.strerror or error}") from None
     except OSError as error:
-        if error.errno in (30, 36):  # EROFS, ENAMETOOLONG
+        if error.errno in (errno.EROFS, errno.ENAMETOOLONG):
             raise UserError(f"cannot {verb} {path}: {error.strerror}") from None
         raise
 
@@ -75,6 +81,8 @@ def read_json(path: Path) -> Any:
 
 def require_writable(path: Path) -> None:
     """UserError now, before hours of work, when a file or folder at `path` could not be written later."""
+    if path.is_dir():
+        raise UserError(f"cannot write {path}: it is a folder; name a file")
     folder = path
     while not folder.exists():
         folder = folder.parent

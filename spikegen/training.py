@@ -14,17 +14,16 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.tensorboard import SummaryWriter
 
-from spikegen import losses
 from spikegen.config import Config, TrainingConfig
 from spikegen.data import ImageSet, batch_indices, flip_mask, to_model, to_uint8
 from spikegen.kernels import choose
+from spikegen.metrics import accuracy, reconstruction_mse
 from spikegen.objective import loss_parts, total_loss
 from spikegen.plots import save_grid
 from spikegen.progress import progress_bar
 from spikegen.runs import Run, pick_device
 from spikegen.spec import UserError
 from spikegen.stopping import Interrupted, stop_signals
-from spikegen.storage import require_writable
 from spikegen.vae import SpikingVAE
 
 DEVICE_LIMIT = 2 * 1024**3
@@ -42,13 +41,18 @@ def train(config: Config, out: str | Path, *, resume: bool = False, device: str 
     in the config or the folder, Interrupted and Diverged.
     """
     run, settings = Run(out), config.training
-    accelerator = Accelerator(cpu=pick_device(device) == "cpu")
+    wanted = pick_device(device)
+    accelerator = Accelerator(cpu=wanted == "cpu", mixed_precision="no")  # precision is training.precision's alone
+    if accelerator.device.type != wanted:
+        raise UserError(f"this process has trained on {accelerator.device.type}; to train on {wanted}, start another")
     rank, ranks = accelerator.process_index, accelerator.num_processes
     if settings.batch_size % ranks:
         raise UserError(f"training.batch_size {settings.batch_size} is not divisible by {ranks} processes")
-    require_writable(run.path / "config.yaml")
+    dry_run(config)  # finds what cannot be built before the data is fetched
     if resume:
         _require_same(config, run.config(), run)
+    elif accelerator.is_main_process:
+        run.require_new()
     with accelerator.main_process_first():  # the others then find what it downloaded and decoded
         train_set, test_set = config.data.load("train"), config.data.load("test")
     if accelerator.device.type == "cuda" and train_set.images.nbytes <= DEVICE_LIMIT:
@@ -69,9 +73,11 @@ def train(config: Config, out: str | Path, *, resume: bool = False, device: str 
             part.load_state_dict(state[name])
         step = state["step"]
         meter.resume(state["sums"], state["sums_steps"])
-        run.forget_after(step * settings.batch_size)
-    elif accelerator.is_main_process:
-        run.start(config)
+    if accelerator.is_main_process:
+        if resume:
+            run.forget_after(step * settings.batch_size)
+        else:
+            run.start(config)
     accelerator.wait_for_everyone()
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     writer = None
@@ -89,7 +95,7 @@ def train(config: Config, out: str | Path, *, resume: bool = False, device: str 
             }
             parts = {"model": model, "average": average, "optimizer": optimizer}
             run.save_checkpoint(state | {k: v.state_dict() for k, v in parts.items()}, settings.keep_checkpoints)
-            averaged.save_pretrained(run.model)
+            averaged.save(run.model)
 
     def log(row: dict[str, Any]) -> None:
         if accelerator.is_main_process:
@@ -128,20 +134,20 @@ def train(config: Config, out: str | Path, *, resume: bool = False, device: str 
             # ---- now and then
             now = step * settings.batch_size
             if _crossed(seen, now, settings.log_every) or step == total:
-                row = meter.row(now, now / len(train_set), optimizer.param_groups[0]["lr"])
+                row = meter.row(accelerator, now, now / len(train_set), optimizer.param_groups[0]["lr"])
                 log(row | {"engine": choose(config.model.engine)})
                 accuracy = f"accuracy {row['accuracy']:.4f}  " if "accuracy" in row else ""
                 info = f"loss {row['loss']:.4f}  recon {row['recon']:.4f}  {accuracy}{row['images_per_second']:.0f}/s"
                 bar.update(task, info=info)
             bar.update(task, completed=now)
             due = _crossed(seen, now, settings.checkpoint_every) or step == total
-            pause = time.perf_counter()
-            if due or stop.is_set():
-                save(step)
+            stopping, pause = _anywhere(accelerator, stop.is_set()), time.perf_counter()
             if due and accelerator.is_main_process:
                 log(_evaluate(averaged, test_set, config, now))
                 save_grid(to_uint8(averaged.sample(64)), run.samples / f"{now:012d}.png")
-            if stop.is_set() and step < total:
+            if due or stopping:
+                save(step)
+            if stopping and step < total:
                 raise Interrupted(f"stopped after {now} images; go on with --resume")
             meter.start += time.perf_counter() - pause
     accelerator.wait_for_everyone()
@@ -180,9 +186,9 @@ class _Meter:
                 self.sums[key] = self.sums.get(key, torch.zeros_like(value)) + value.detach()
         self.steps, self.images = self.steps + 1, self.images + images
 
-    def row(self, images_seen: int, epoch: float, lr: float) -> dict[str, Any]:
-        """The means since the last row, which starts the next."""
-        means = {k: v.item() / self.steps for k, v in self.sums.items()}
+    def row(self, accelerator: Accelerator, images_seen: int, epoch: float, lr: float) -> dict[str, Any]:
+        """The means since the last row, over all processes; the next row starts."""
+        means = {k: accelerator.reduce(v, "mean").item() / self.steps for k, v in self.sums.items()}
         speed = self.images / (time.perf_counter() - self.start)
         self.resume({}, 0)
         return {"images_seen": images_seen, "epoch": round(epoch, 4), **means, "lr": lr, "images_per_second": speed}
@@ -210,18 +216,20 @@ def _evaluate(model: SpikingVAE, data: ImageSet, config: Config, images_seen: in
     if not count:
         return row
     model.eval()
-    squared, right = 0.0, 0.0
-    for start in range(0, count, 250):
-        stop = min(start + 250, count)
-        image = to_model(data.images[start:stop].to(model.device))
-        squared += losses.reconstruction(model.reconstruct(image, seed=start), image).item() * len(image)
-        if model.head is not None and data.labels is not None:
-            label = data.labels[start:stop].to(model.device)
-            right += (model.classify(image, seed=start).argmax(1) == label).sum().item()
-    row["test_recon"] = squared / count
-    if model.head is not None:
-        row["test_accuracy"] = right / count
+    images = data.images[:count]
+    row["test_recon"] = reconstruction_mse(lambda x, k: model.reconstruct(x.to(model.device), first=k), images).value
+    if model.head is not None and data.labels is not None:
+        labels = data.labels[:count]
+        row["test_accuracy"] = accuracy(lambda x, k: model.classify(x.to(model.device), first=k), images, labels).value
     return row
+
+
+def _anywhere(accelerator: Accelerator, flag: bool) -> bool:
+    """Whether any process has the flag: all must stop after the same step."""
+    if accelerator.num_processes == 1:
+        return flag
+    flags = torch.tensor(float(flag), device=accelerator.device)
+    return bool(accelerator.reduce(flags, "sum") > 0)
 
 
 def _lr_factor(settings: TrainingConfig, progress: float) -> float:

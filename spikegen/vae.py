@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from huggingface_hub import PyTorchModelHubMixin
 from jaxtyping import Float, Int64
-from pydantic import Field
+from pydantic import Field, PositiveInt
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -59,7 +59,7 @@ class SavedModel(Spec):
     """The content of a saved model's config.json."""
 
     model: ModelConfig
-    image_shape: tuple[int, int, int]
+    image_shape: tuple[PositiveInt, PositiveInt, PositiveInt]
     classes: tuple[str, ...] = ()
 
 
@@ -132,36 +132,37 @@ class SpikingVAE(nn.Module, PyTorchModelHubMixin):
         seed: int = 0,
     ) -> VAEOutput:
         """Encode, draw, decode and classify; `progress` in [0, 1] is how much of training is done."""
-        features, encoder_rates = self._features(image, seed)
-        posterior = self.latent.infer(features.flatten(2), self._noise(image, seed))
+        features, encoder_rates = self._features(image, seed, 0)
+        posterior = self.latent.infer(features.flatten(2), self._noise(image, seed, 0))
         prior = self.latent.predict(posterior.spikes, label, progress)
         decoded, decoder_rates = self._decode(posterior.spikes)
         rates = torch.stack(encoder_rates + decoder_rates).float()
         return VAEOutput(decoded, posterior, prior, self._classify(features, posterior.spikes), rates)
 
-    def encode(self, image: Float[Tensor, "B C H W"], seed: int = 0) -> Posterior:
-        """The posterior's draw for each image."""
-        return self.latent.infer(self._features(image, seed)[0].flatten(2), self._noise(image, seed))
+    def encode(self, image: Float[Tensor, "B C H W"], seed: int = 0, first: int = 0) -> Posterior:
+        """The posterior's draw for images first, first+1, ... of a set, which keep their draws in any batches."""
+        features, _ = self._features(image, seed, first)
+        return self.latent.infer(features.flatten(2), self._noise(image, seed, first))
 
     def decode(self, spikes: Float[Tensor, "T B D"]) -> Float[Tensor, "B C H W"]:
         """Images in (-1, 1) from the latent's bits."""
         return self._decode(spikes)[0]
 
     @torch.no_grad()
-    def classify(self, image: Float[Tensor, "B C H W"], seed: int = 0) -> Float[Tensor, "B K"]:
+    def classify(self, image: Float[Tensor, "B C H W"], seed: int = 0, first: int = 0) -> Float[Tensor, "B K"]:
         """The head's logits; UserError where the model has none."""
         if self.head is None:
             raise UserError("this model has no classifier head: it was trained without labels or with head: null")
-        features, _ = self._features(image, seed)
-        bits = self.latent.infer(features.flatten(2), self._noise(image, seed)).spikes
+        features, _ = self._features(image, seed, first)
+        bits = self.latent.infer(features.flatten(2), self._noise(image, seed, first)).spikes
         logits = self._classify(features, bits)
         assert logits is not None
         return logits
 
     @torch.no_grad()
-    def reconstruct(self, image: Float[Tensor, "B C H W"], seed: int = 0) -> Float[Tensor, "B C H W"]:
+    def reconstruct(self, image: Float[Tensor, "B C H W"], seed: int = 0, first: int = 0) -> Float[Tensor, "B C H W"]:
         """Each image through the latent and back."""
-        return self.decode(self.encode(image, seed).spikes)
+        return self.decode(self.encode(image, seed, first).spikes)
 
     @torch.no_grad()
     def sample(
@@ -191,7 +192,7 @@ class SpikingVAE(nn.Module, PyTorchModelHubMixin):
 
     # ---- parts of the above -------------------------------------------------------------------------------------
 
-    def _features(self, image: Tensor, seed: int) -> tuple[Tensor, list[Tensor]]:
+    def _features(self, image: Tensor, seed: int, first_image: int) -> tuple[Tensor, list[Tensor]]:
         """The encoder's last spikes [T, B, C, H, W] and every stage's firing rate."""
         self._check_image(image)
         first, *rest = self.encoder
@@ -201,7 +202,7 @@ class SpikingVAE(nn.Module, PyTorchModelHubMixin):
             x, rate = first.fire(self.encoding(first.current(image)))
         else:
             shape = (self.config.num_steps, *self.image_shape)
-            draws = None if self.training else uniform_per_image(~seed, 0, len(image), shape, image.device)
+            draws = None if self.training else uniform_per_image(~seed, first_image, len(image), shape, image.device)
             x, rate = first(self.encoding(image, draws))
         rates = [rate]
         for stage in rest:
@@ -223,11 +224,11 @@ class SpikingVAE(nn.Module, PyTorchModelHubMixin):
             return None
         return self.head(features if self.config.head.source == "encoder" else bits)
 
-    def _noise(self, image: Tensor, seed: int) -> Tensor:
+    def _noise(self, image: Tensor, seed: int, first: int) -> Tensor:
         steps, *rest = self.latent.noise_shape(self.config.num_steps)
         if self.training:
             return torch.rand(steps, len(image), *rest, device=image.device)
-        return uniform_per_image(seed, 0, len(image), (steps, *rest), image.device)
+        return uniform_per_image(seed, first, len(image), (steps, *rest), image.device)
 
     def _sample_chunk(self, first: int, seed: int, label: int | None) -> Tensor:
         shape = self.latent.noise_shape(self.config.num_steps)
@@ -236,7 +237,7 @@ class SpikingVAE(nn.Module, PyTorchModelHubMixin):
         if self.config.conditional:
             draws = uniform_per_image(~seed, first, SAMPLE_CHUNK, (1,), self.device)[0]
             labels = (draws * len(self.classes)).long() if label is None else torch.full_like(draws, label).long()
-        return self.decode(self.latent.sample(noise, labels))
+        return self.decode(self.latent.sample(noise.to(next(self.parameters()).dtype), labels))
 
     def _check_label(self, label: int | None) -> None:
         if label is None:
@@ -253,11 +254,15 @@ class SpikingVAE(nn.Module, PyTorchModelHubMixin):
     # ---- saving and loading -------------------------------------------------------------------------------------
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        """config.json and model.safetensors, each beside and renamed; the mixin's `save_pretrained` calls this."""
+        """What the mixin's `save_pretrained` and `push_to_hub` call, after they removed an old config.json."""
+        self.save(save_directory)
+
+    def save(self, folder: Path) -> None:
+        """Write config.json and model.safetensors into `folder`, each beside and renamed."""
         saved = SavedModel(model=self.config, image_shape=self.image_shape, classes=self.classes)
-        with replacing(save_directory / "model.safetensors") as path:
+        with replacing(folder / "model.safetensors") as path:
             save_file({k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}, path)
-        write_json(save_directory / "config.json", saved.model_dump(mode="json"))
+        write_json(folder / "config.json", saved.model_dump(mode="json"))
 
     @classmethod
     def from_pretrained(  # type: ignore[override]

@@ -13,6 +13,7 @@ from PIL import Image
 
 from spikegen import cli, train
 from spikegen.runs import Run
+from spikegen.vae import SpikingVAE
 from tests.tiny import tiny_config, tiny_flags
 
 
@@ -126,6 +127,12 @@ def test_profile_counts_parameters_operations_and_energy(spikegen, run: Path) ->
         (["train", "digits", "--resume", "--out", "none"], "none is no run"),
         (["train", "mnist", "--set", "data.download=false"], "data.root"),
         (["train", "digits", "--device", "tpu"], "--device"),
+        (["train", "digits", "--out", "{file}/run"], "cannot write"),
+        (["train", "digits", "--set", "model.conditional=true", "--set", "data={{name: celeba}}"], "class labels"),
+        (["score", "{run}", "--out", "{run}"], "is a folder"),
+        (["score", "{run}", "--out", "{file}/scores.json"], "cannot write"),
+        (["score", "{run}", "--num", "1"], "--num"),
+        (["sample", "nowhere", "--images", "new"], "nowhere is no run folder"),
         (["sample", "nowhere"], "nowhere is no run folder"),
         (["sample", "{run}", "--num", "0"], "--num"),
         (["sample", "{run}", "--num", "x"], "--num"),
@@ -155,7 +162,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has CUDA")
-@pytest.mark.parametrize("verb", ["sample", "reconstruct", "profile", "train"])
+@pytest.mark.parametrize("verb", ["sample", "reconstruct", "profile", "train", "score"])
 def test_cuda_where_there_is_none(spikegen, run: Path, tmp_path: Path, verb: str) -> None:
     out = ["--out", str(tmp_path / "x.png")] if verb != "profile" else []
     code, _, err = spikegen(verb, "digits" if verb == "train" else run, "--device", "cuda", *out)
@@ -175,6 +182,8 @@ def test_an_existing_run_without_resume(spikegen, run: Path) -> None:
         ("model/model.safetensors", lambda b: b[:500], "truncated"),
         ("model/model.safetensors", lambda b: b"", "truncated"),
         ("model/config.json", lambda b: b[:-20], "not JSON"),
+        ("model/config.json", lambda b: b"[]", "config.json"),
+        ("model/config.json", lambda b: b'{"model": 3}', "config.json"),
         (
             "model/config.json",
             lambda b: b.replace(b'"image_shape"', b'"extra": 1, "image_shape"'),
@@ -264,7 +273,20 @@ def test_a_disk_that_fills_while_saving_leaves_the_last_checkpoint(tmp_path: Pat
     assert again.returncode == 0, again.stderr
 
 
-@pytest.mark.slow
+def test_a_disk_that_fills_leaves_the_saved_model(run: Path, tmp_path: Path) -> None:
+    model = SpikingVAE.from_pretrained(run / "model")
+    model.save(tmp_path)
+    before = {f.name: f.read_bytes() for f in tmp_path.iterdir()}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(OSError, match="cannot save"):
+            model.save(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == before
+
+
 def test_two_processes_train_one_run(tmp_path: Path) -> None:
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--no-python"]
     done = subprocess.run(

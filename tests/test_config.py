@@ -40,6 +40,20 @@ def test_the_papers_presets_have_the_papers_setting(name: str) -> None:
         "constant",
     )
     assert (model.attention is not None) == name.startswith("tcja")
+    surrogate = model.neuron.surrogate
+    assert (surrogate.kind, surrogate.width, surrogate.centre) == ("rectangle", 1.0, -0.2)  # type: ignore[union-attr]
+    assert (model.latent.scheduled_from, model.latent.scheduled, model.latent.shortcut) == (5, (0.1, 0.3), False)
+    if name.startswith("fsvae"):
+        assert model.readout.model_dump() == {"kind": "membrane", "decay": 0.8, "learn": False}
+    else:
+        # TCJA_decoding(kernel_size_t=1, kernel_size_c=4): the published names are crossed.
+        assert model.readout.model_dump() == {"kind": "tcja", "kernel_t": 4, "kernel_c": 1, "reduce": "sum"}
+    assert (training.weight_decay, training.betas, training.clip, training.ema) == (1e-3, (0.9, 0.999), None, 0)
+    assert (training.warmup, training.precision) == (0, "fp32")
+    losses = training.losses
+    assert (losses.prior, losses.prior_weight, losses.psp_tau, losses.firing_rate) == ("mmd", 1.0, 2.0, 0)
+    assert config.data.flip == name.endswith(("cifar10", "celeba"))
+    assert config.data.image_size == (64 if name.endswith("celeba") else 32)
 
 
 @pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "cifar10", "celeba"])
@@ -114,6 +128,9 @@ def test_a_mapping_of_overrides_is_the_same_as_strings() -> None:
         ("model.num_steps=many", "model.num_steps: Input should be a valid integer"),
         ("model.neuron.beta=1.5", "model.neuron.beta"),
         ("model.neuron.threshold=-1", "model.neuron.threshold"),
+        ("model.neuron.threshold=[]", "model.neuron.threshold"),
+        ("model.latent.scheduled=[5, -3]", "model.latent.scheduled"),
+        ("training.seed=18446744073709551616", "training.seed"),
         ("training.batch_size=0", "training.batch_size: Input should be greater than or equal to 1 (got 0)"),
         ("training.precision=fp16", "training.precision is 'fp16'; did you mean"),
         ("training.precision=off", "training.precision is False; choose from fp32, bf16"),
@@ -136,6 +153,11 @@ def test_a_mistake_is_one_line_with_the_key_and_what_would_be_right(override: st
 def test_an_image_size_that_the_stages_cannot_halve() -> None:
     with pytest.raises(UserError, match="must be a multiple of 4"):
         dry_run(load_config("digits", ["data.image_size=18"]))
+
+
+def test_a_neuron_with_another_number_of_channels_than_its_layer() -> None:
+    with pytest.raises(UserError, match=r"threshold has 2 values, but the layer has 32 channels"):
+        dry_run(load_config("digits", ["model.neuron.threshold=[0.1, 0.2]"]))
 
 
 def test_an_unknown_preset_names_the_nearest() -> None:

@@ -239,7 +239,6 @@ def test_snntorchs_list_of_every_neuron_does_not_grow():
     after.remove(mine)
 
 
-@pytest.mark.xfail(strict=True, reason="Leaky resets before the first step when 0 > threshold")
 @pytest.mark.parametrize("reset", ["subtract"])
 def test_a_threshold_that_training_made_negative(reset):
     args = currents(6, 20, 3), constant(0.5, 2), constant(-0.3, 2), reset

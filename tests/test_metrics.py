@@ -158,16 +158,27 @@ def test_kid_interval_is_the_deviation_of_the_weighted_mmd():
 
 def test_mse_is_on_images_from_minus_one_to_one():
     images = noise(10)
-    assert reconstruction_mse(lambda x: x, images, 3) == Interval(0.0, 0.0, 0.0)
-    assert reconstruction_mse(lambda x: x + 0.5, images, 3).value == pytest.approx(0.25)
+    assert reconstruction_mse(lambda x, _first: x, images, 3) == Interval(0.0, 0.0, 0.0)
+    assert reconstruction_mse(lambda x, _first: x + 0.5, images, 3).value == pytest.approx(0.25)
 
 
 def test_a_reconstruction_that_is_no_number_is_an_error():
     with pytest.raises(UserError, match="not a finite number"):
-        reconstruction_mse(lambda x: x * math.nan, noise(4), 2)
+        reconstruction_mse(lambda x, _first: x * math.nan, noise(4), 2)
 
 
 def test_accuracy_is_the_fraction_right():
     labels = torch.tensor([0, 1, 1, 1])
-    found = accuracy(lambda x: torch.eye(2)[torch.ones(len(x)).long()], noise(4), labels, 3)
+    found = accuracy(lambda x, _first: torch.eye(2)[torch.ones(len(x)).long()], noise(4), labels, 3)
     assert (found.value, found.high) == (0.75, 1.0)
+
+
+def test_batches_are_told_the_index_of_their_first_image():
+    firsts = []
+
+    def reconstruct(x, first):
+        firsts.append((first, len(x)))
+        return x
+
+    reconstruction_mse(reconstruct, noise(8), 3)
+    assert firsts == [(0, 3), (3, 3), (6, 2)]

@@ -179,7 +179,6 @@ def test_a_surrogate_by_its_name():
     assert LIFSpec(surrogate="fast_sigmoid") == LIFSpec(surrogate={"kind": "fast_sigmoid"})
 
 
-@pytest.mark.xfail(strict=True, reason="an empty tuple is accepted; mean_threshold then divides by 0")
 @pytest.mark.parametrize("name", ["beta", "threshold"])
 def test_no_value_at_all_is_refused(name):
     with pytest.raises(ValidationError):

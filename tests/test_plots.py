@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from spikegen import UserError
-from spikegen.plots import check_picture, new_folder, save_grid, save_image, save_pairs, write_images
+from spikegen.plots import check_folder, check_picture, save_grid, save_image, save_pairs, write_images
 
 
 def read(path: Path) -> torch.Tensor:
@@ -53,9 +53,9 @@ def test_bad_outputs_are_refused_before_the_work(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is a folder"):
         check_picture(tmp_path / "d.png")
     with pytest.raises(UserError, match="not empty"):
-        new_folder(tmp_path)
+        check_folder(tmp_path)
     with pytest.raises(UserError, match="cannot write"):
-        new_folder(tmp_path / "file" / "images")
+        check_folder(tmp_path / "file" / "images")
 
 
 def test_the_suffix_is_the_format(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def save(images: torch.Tensor, folder) -> None:
 def test_a_score_repeats_exactly_and_is_json():
     images, real = noise(60), noise(70, 1)
     metrics = ("fid", "is", "kid", "mse")
-    first, again = (quick(images, real, metrics, seed=4, reconstruct=lambda x: x * 0.5) for _ in range(2))
+    first, again = (quick(images, real, metrics, seed=4, reconstruct=lambda x, _first: x * 0.5) for _ in range(2))
     assert first.to_json() == again.to_json()
     held = json.loads(json.dumps(first.to_json(), allow_nan=False))
     assert set(held) == {"metrics", "settings"}

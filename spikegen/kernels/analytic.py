@@ -14,7 +14,9 @@ def step(current: Tensor, mem: Tensor | None, beta: Tensor, threshold: Tensor, r
     Same operations in the same order as snnTorch's `Leaky`, so that rounding, and with it every spike, is the same.
     """
     if mem is None:
-        return current.to(beta.dtype, copy=True)
+        start = current.to(beta.dtype, copy=True)
+        # At rest U = 0 is above a threshold that learning made negative; `Leaky` then resets before the first step.
+        return start if reset == "zero" else start.sub_((threshold < 0) * threshold)
     fired = mem > threshold
     if reset == "zero":
         return mem.masked_fill(fired, 0).mul_(beta).add_(current)  # beta U (1 - S) + X
@@ -59,11 +61,11 @@ class _Scan(torch.autograd.Function):
             grad = fire if later is None else fire.add_(later)
             if grad_x is not None:
                 grad_x[t] = grad
-            if t == 0:
-                break
-            fired = mems[t - 1] > threshold
+            fired = mems[t - 1] > threshold if t else (threshold < 0).expand_as(grad)
             if grad_threshold is not None and ctx.reset == "subtract":
                 grad_threshold -= (grad * fired).sum_to_size(threshold.shape)
+            if t == 0:
+                break
             if grad_beta is not None:
                 held = mems[t - 1].masked_fill(fired, 0) if ctx.reset == "zero" else mems[t - 1]
                 grad_beta += (grad * held).sum_to_size(beta.shape)
