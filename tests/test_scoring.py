@@ -66,7 +66,7 @@ def test_a_score_repeats_exactly_and_is_json():
     said = held["settings"]
     assert said["extractor"] == Pixels().settings()
     assert (said["num_generated"], said["num_real"], said["image_size"], said["seed"]) == (60, 70, [8, 8], 4)
-    assert set(said["versions"]) == {"spikegen", "torch", "torchmetrics", "torchvision"}
+    assert set(said["versions"]) == {"spikegen", "torch", "torchmetrics", "torchvision", "torch-fidelity"}
 
 
 def test_the_batches_do_not_matter():
