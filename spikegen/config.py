@@ -118,6 +118,8 @@ def _read(name: str) -> tuple[dict[str, Any], str]:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UserError(f"{name}: not YAML ({' '.join(str(error).split())})") from None
+    except RecursionError:
+        raise UserError(f"{name}: not a config: it is nested too deeply") from None
     if not isinstance(values, dict):
         raise UserError(f"{name}: a config is a mapping with the sections model, data, training, scoring")
     return values, name
@@ -125,7 +127,7 @@ def _read(name: str) -> tuple[dict[str, Any], str]:
 
 def _split(override: str) -> tuple[str, Any]:
     key, equals, text = override.partition("=")
-    if not equals or not key:
+    if not equals or not all(key.split(".")):
         raise UserError(f"--set {override}: write KEY=VALUE, such as training.epochs=2")
     try:
         return key, yaml.safe_load(text)

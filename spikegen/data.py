@@ -40,7 +40,7 @@ class DataSpec(Spec):
 
     name: Literal["digits", "mnist", "fashion_mnist", "cifar10", "celeba", "folder"] = "digits"
     root: Path | None = None
-    image_size: int = Field(32, ge=4)
+    image_size: int = Field(32, ge=4, le=2**12)
     channels: Literal[1, 3] | None = None
     train_limit: int | None = Field(None, gt=0)
     flip: bool = False

@@ -42,12 +42,12 @@ class BernoulliSpec(Spec):
     """
 
     kind: Literal["bernoulli"] = "bernoulli"
-    size: int = Field(128, ge=1)
-    candidates: int = Field(20, ge=1)
+    size: int = Field(128, ge=1, le=2**16)
+    candidates: int = Field(20, ge=1, le=2**10)
     scheduled_from: int = Field(5, ge=0)
     scheduled: tuple[Chance, Chance] = (0.1, 0.3)
     shortcut: bool = False
-    label_size: int = Field(32, ge=1)
+    label_size: int = Field(32, ge=1, le=2**16)
 
     def build(self, features: int, neuron: LIFSpec, engine: Engine, num_labels: int) -> "Bernoulli":
         """The latent for `features` encoder neurons; `num_labels` > 0 makes the prior conditional."""

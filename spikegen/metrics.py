@@ -157,7 +157,7 @@ def reconstruction_mse(reconstruct: Network, images: UInt8[Tensor, "N C H W"], b
     for k, batch in enumerate(map(to_model, images.cpu().split(batch_size))):
         errors.append((reconstruct(batch, k * batch_size).cpu().double() - batch).square().flatten(1).mean(1))
     each = torch.cat(errors)
-    return _interval(each.mean().item(), each.std().item() / len(each) ** 0.5, least=0.0)
+    return _interval(each.mean().item(), _standard_error(each), least=0.0)
 
 
 def accuracy(
@@ -170,8 +170,13 @@ def accuracy(
             for k, (x, y) in enumerate(zip(images.cpu().split(batch_size), labels.cpu().split(batch_size), strict=True))
         ]
     ).double()
-    found = _interval(right.mean().item(), right.std().item() / len(right) ** 0.5, least=0.0)
+    found = _interval(right.mean().item(), _standard_error(right), least=0.0)
     return Interval(found.value, found.low, min(found.high, 1.0))
+
+
+def _standard_error(x: Float64[Tensor, "N"]) -> float:
+    """Of the mean; 0 for a single image, whose spread is not known."""
+    return x.std().item() / len(x) ** 0.5 if len(x) > 1 else 0.0
 
 
 def _interval(value: float, deviation: float, least: float = -inf) -> Interval:

@@ -73,7 +73,7 @@ def _walk(spec: type[Spec], loc: tuple[int | str, ...]) -> tuple[list[type[Spec]
         elif isinstance(part, str) and part in (tags := {_tag(m): m for m in here}):
             here = [tags[part]]
             continue
-        elif isinstance(part, str) and (part.startswith("function-") or part[0].isupper() or "[" in part):
+        elif isinstance(part, str) and (part.startswith("function-") or part[:1].isupper() or "[" in part):
             continue  # pydantic's own name for a branch of a union
         shown.append(str(part))
     return models, shown

@@ -23,7 +23,7 @@ def fold_time(layer: Callable[[Tensor], Tensor], x: Float[Tensor, "T B *n"]) -> 
 class StageSpec(Spec):
     """One level of the encoder, and its mirror in the decoder; what is null or `inherit` is the model's."""
 
-    channels: int = Field(ge=1)
+    channels: int = Field(ge=1, le=2**16)
     stride: Literal[1, 2] = 2
     neuron: LIFSpec | None = None
     attention: Attention | Literal["inherit"] | None = "inherit"

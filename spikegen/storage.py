@@ -52,6 +52,8 @@ def user_mistakes(verb: str, path: Path) -> Iterator[None]:
         IsADirectoryError,
     ) as error:
         raise UserError(f"cannot {verb} {path}: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"cannot {verb} {path}: it is no text file (UTF-8)") from None
     except OSError as error:
         if error.errno in (errno.EROFS, errno.ENAMETOOLONG):
             raise UserError(f"cannot {verb} {path}: {error.strerror}") from None

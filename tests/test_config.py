@@ -140,6 +140,9 @@ def test_a_mapping_of_overrides_is_the_same_as_strings() -> None:
         ("scoring.metrics=[fdi]", "scoring.metrics.0 is 'fdi'; did you mean fid"),
         ("training.lr.x=1", "which has no keys of its own"),
         ("training.epochs", "write KEY=VALUE"),
+        (".=3", "write KEY=VALUE"),
+        ("model.latent.size=1000000000000", "model.latent.size"),
+        ("model=null", "model: Input should be a valid dictionary"),
         ("training.epochs=[1", "the value is not YAML"),
     ],
 )
@@ -167,13 +170,25 @@ def test_an_unknown_preset_names_the_nearest() -> None:
 
 @pytest.mark.parametrize(
     ("text", "line"),
-    [("a: [1", "not YAML"), ("- 1", "is a mapping"), ("", "is a mapping"), ("model: {}", "data is missing")],
+    [
+        ("a: [1", "not YAML"),
+        ("- 1", "is a mapping"),
+        ("", "is a mapping"),
+        ("model: {}", "data is missing"),
+        ("a: " + "[" * 3000, "nested too deeply"),
+    ],
 )
 def test_a_broken_file_is_named(tmp_path: Path, text: str, line: str) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(text)
     with pytest.raises(UserError, match=f"mine.yaml.*{line}"):
         load_config(path)
+
+
+def test_a_binary_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_bytes(b"\x7fELF\xff\xfe")
+    with pytest.raises(UserError, match=r"mine\.yaml: it is no text file"):
+        load_config(tmp_path / "mine.yaml")
 
 
 def test_an_absent_file_is_named(tmp_path: Path) -> None:

@@ -173,6 +173,11 @@ def test_accuracy_is_the_fraction_right():
     assert (found.value, found.high) == (0.75, 1.0)
 
 
+def test_one_image_has_an_error_but_no_interval():
+    assert reconstruction_mse(lambda x, _first: x + 0.5, noise(1)) == Interval(0.25, 0.25, 0.25)
+    assert accuracy(lambda x, _first: torch.eye(2)[:1], noise(1), torch.tensor([0])) == Interval(1.0, 1.0, 1.0)
+
+
 def test_batches_are_told_the_index_of_their_first_image():
     firsts = []
 
