@@ -74,5 +74,5 @@ def _explain(error: Exception) -> None:
 
 
 def _fail(line: str, code: int) -> None:
-    click.echo(f"Error: {line}", err=True)
+    click.echo("Error: " + " ".join(line.splitlines()), err=True)
     sys.exit(code)

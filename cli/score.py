@@ -26,11 +26,11 @@ def command(
     """Score SOURCE, a run, a saved model or a folder of images, against real images."""
     from spikegen.runs import scores_path
     from spikegen.scoring import score
-    from spikegen.storage import require_writable, write_json
+    from spikegen.storage import require_json, write_json
 
     warnings.showwarning = lambda message, *_: click.echo(f"Warning: {message}", err=True)
     path = out or scores_path(source)
-    require_writable(path)
+    require_json(path)
     names = tuple(metrics.split(",")) if metrics else None
     result = score(source, reference, names, num, extractor, device)
     write_json(path, result.to_json())

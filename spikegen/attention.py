@@ -21,8 +21,8 @@ class TCJASpec(Spec):
     """
 
     kind: Literal["tcja"] = "tcja"
-    kernel_t: int = Field(4, ge=1)
-    kernel_c: int = Field(4, ge=1)
+    kernel_t: int = Field(4, ge=1, le=256)
+    kernel_c: int = Field(4, ge=1, le=256)
     fusion: Fusion = "product"
     causal: bool = False
 
@@ -35,7 +35,7 @@ class TLASpec(Spec):
     """The temporal branch alone."""
 
     kind: Literal["tla"] = "tla"
-    kernel_t: int = Field(4, ge=1)
+    kernel_t: int = Field(4, ge=1, le=256)
     causal: bool = False
 
     def build(self, num_steps: int, channels: int) -> "TCJA":
@@ -47,7 +47,7 @@ class CLASpec(Spec):
     """The channel branch alone."""
 
     kind: Literal["cla"] = "cla"
-    kernel_c: int = Field(4, ge=1)
+    kernel_c: int = Field(4, ge=1, le=256)
     causal: bool = False
 
     def build(self, num_steps: int, channels: int) -> "TCJA":

@@ -32,9 +32,9 @@ class LossesConfig(Spec):
 class TrainingConfig(Spec):
     """How it is trained. Intervals are in images seen."""
 
-    epochs: float = Field(10, gt=0)
+    epochs: float = Field(10, gt=0, le=1e6)
     batch_size: int = Field(128, ge=1)
-    lr: float = Field(1e-3, gt=0)
+    lr: float = Field(1e-3, gt=0, le=1e30)
     schedule: Literal["cosine", "constant"] = "cosine"
     warmup: float = Field(0.02, ge=0, lt=1)
     """Part of the training during which the learning rate rises from 0."""
@@ -120,6 +120,8 @@ def _read(name: str) -> tuple[dict[str, Any], str]:
         raise UserError(f"{name}: not YAML ({' '.join(str(error).split())})") from None
     except RecursionError:
         raise UserError(f"{name}: not a config: it is nested too deeply") from None
+    except ValueError as error:  # such as a date that no calendar has
+        raise UserError(f"{name}: not YAML ({error})") from None
     if not isinstance(values, dict):
         raise UserError(f"{name}: a config is a mapping with the sections model, data, training, scoring")
     return values, name
@@ -131,7 +133,7 @@ def _split(override: str) -> tuple[str, Any]:
         raise UserError(f"--set {override}: write KEY=VALUE, such as training.epochs=2")
     try:
         return key, yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, RecursionError, ValueError):
         raise UserError(f"--set {override}: the value is not YAML") from None
 
 

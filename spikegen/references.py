@@ -64,8 +64,9 @@ def load_reference(reference: str, shape: Shape, data: DataSpec | None = None) -
         return Reference(reference, None, images)
     if split not in ("", "train", "test"):
         raise UserError(f"reference {reference!r}: no such split; choose {name}:train or {name}:test")
-    if shape[1] != shape[2]:
-        raise UserError(f"reference {name}: needs square images, not {_shown(shape)}; give a folder")
+    if shape[1] != shape[2] or not 4 <= shape[1] <= 4096:
+        needs = "needs square images of 4x4 to 4096x4096"
+        raise UserError(f"reference {name}: {needs}, not {_shown(shape)}; give a folder")
     if data is None or data.name != name:
         root = data.root if data and data.name != "folder" else None
         data = DataSpec(name=name, root=root, image_size=shape[1])
@@ -101,7 +102,7 @@ def _read_image(path: Path) -> UInt8[Tensor, "C H W"]:
             alpha = file.has_transparency_data  # dropped: a score is of the colours
             plain = file.convert("RGBA") if alpha and file.mode == "P" else file
             pixels = np.array(plain.convert("L" if file.mode in ("1", "L", "LA") else "RGB"))
-    except (OSError, SyntaxError, ValueError):  # what Pillow raises for a damaged file
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # what Pillow raises for a damaged file
         raise UserError(f"{path}: cannot be read as an image; replace or remove it") from None
     return torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).permute(2, 0, 1)
 

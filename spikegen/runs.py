@@ -15,7 +15,7 @@ from spikegen.data import to_model, to_uint8
 from spikegen.losses import reconstruction
 from spikegen.progress import progress_bar
 from spikegen.spec import UserError, parse
-from spikegen.storage import read_json, replacing, require_writable, write_text
+from spikegen.storage import read_json, replacing, require_writable, user_mistakes, write_text
 from spikegen.vae import SAMPLE_CHUNK, SavedModel, SpikingVAE
 
 
@@ -58,13 +58,17 @@ class Run:
 
     def rows(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl; a last line that an interruption cut short is left out."""
-        lines = self.metrics_file.read_text(encoding="utf-8").splitlines() if self.metrics_file.exists() else []
+        with user_mistakes("read", self.metrics_file):
+            lines = self.metrics_file.read_text(encoding="utf-8").splitlines() if self.metrics_file.exists() else []
         rows = []
         for line in lines:
             try:
-                rows.append(json.loads(line))
+                row = json.loads(line)
             except json.JSONDecodeError:
                 break
+            if not isinstance(row, dict) or "images_seen" not in row:
+                raise UserError(f"{self.metrics_file}: a row without images_seen; it is not a run's metrics")
+            rows.append(row)
         return rows
 
     def forget_after(self, images_seen: int) -> None:
@@ -87,9 +91,11 @@ class Run:
         try:
             state: dict[str, Any] = torch.load(files[-1], map_location=device, weights_only=True)
         except Exception as error:
-            line = str(error).splitlines()[0]
+            line = (str(error) or type(error).__name__).splitlines()[0]
             older = f"; delete it to resume from {files[-2].name}" if len(files) > 1 else ""
             raise UserError(f"{files[-1]} is damaged ({line}){older}") from None
+        if not isinstance(state, dict):
+            raise UserError(f"{files[-1]} is not one of this run: it holds no checkpoint; delete it or train anew")
         return state
 
     def _checkpoint_files(self) -> list[Path]:

@@ -77,7 +77,7 @@ def read_json(path: Path) -> Any:
         text = path.read_text(encoding="utf-8")
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error})") from None
 
 
@@ -85,6 +85,8 @@ def require_writable(path: Path) -> None:
     """UserError now, before hours of work, when a file or folder at `path` could not be written later."""
     if path.is_dir():
         raise UserError(f"cannot write {path}: it is a folder; name a file")
+    if path.exists() and not path.is_file():
+        raise UserError(f"cannot write {path}: it is no ordinary file")
     folder = path
     while not folder.exists():
         folder = folder.parent
@@ -92,3 +94,10 @@ def require_writable(path: Path) -> None:
         raise UserError(f"cannot write {path}: {folder} is not writable")
     if not folder.is_dir() and folder != path:
         raise UserError(f"cannot write {path}: {folder} is a file, not a folder")
+
+
+def require_json(path: Path) -> None:
+    """As `require_writable`, and UserError for a name that is not JSON's: scores never replace another kind of file."""
+    if path.suffix.lower() != ".json":
+        raise UserError(f"cannot write {path}: the name of a JSON file ends in .json")
+    require_writable(path)

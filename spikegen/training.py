@@ -69,10 +69,14 @@ def train(config: Config, out: str | Path, *, resume: bool = False, device: str 
     step, meter, total = 0, _Meter(), math.ceil(settings.epochs * len(train_set) / settings.batch_size)
     if resume:
         state = run.load_checkpoint(accelerator.device)
-        for name, part in (("model", model), ("average", average), ("optimizer", optimizer)):
-            part.load_state_dict(state[name])
-        step = state["step"]
-        meter.resume(state["sums"], state["sums_steps"])
+        try:
+            for name, part in (("model", model), ("average", average), ("optimizer", optimizer)):
+                part.load_state_dict(state[name])
+            step = state["step"]
+            meter.resume(state["sums"], state["sums_steps"])
+        except (LookupError, TypeError, ValueError, RuntimeError):
+            foreign = f"the newest checkpoint in {run.checkpoints} is not one of this run and this version of spikegen"
+            raise UserError(f"{foreign}; delete it to resume from the one before, or train anew") from None
     if accelerator.is_main_process:
         if resume:
             run.forget_after(step * settings.batch_size)

@@ -129,7 +129,8 @@ def test_profile_counts_parameters_operations_and_energy(spikegen, run: Path) ->
         (["train", "digits", "--device", "tpu"], "--device"),
         (["train", "digits", "--out", "{file}/run"], "cannot write"),
         (["train", "digits", "--set", "model.conditional=true", "--set", "data={{name: celeba}}"], "class labels"),
-        (["score", "{run}", "--out", "{run}"], "is a folder"),
+        (["score", "{run}", "--out", "{run}"], "ends in .json"),
+        (["score", "{run}", "--out", "{run}/config.yaml"], "ends in .json"),
         (["score", "{run}", "--out", "{file}/scores.json"], "cannot write"),
         (["score", "{run}", "--num", "1"], "--num"),
         (["sample", "nowhere", "--images", "new"], "nowhere is no run folder"),
@@ -164,7 +165,8 @@ def test_a_mistake_is_one_line_and_exit_code_2(
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has CUDA")
 @pytest.mark.parametrize("verb", ["sample", "reconstruct", "profile", "train", "score"])
 def test_cuda_where_there_is_none(spikegen, run: Path, tmp_path: Path, verb: str) -> None:
-    out = ["--out", str(tmp_path / "x.png")] if verb != "profile" else []
+    name = "x.json" if verb == "score" else "x.png"
+    out = ["--out", str(tmp_path / name)] if verb != "profile" else []
     code, _, err = spikegen(verb, "digits" if verb == "train" else run, "--device", "cuda", *out)
     assert code == 2
     assert "no CUDA device" in err

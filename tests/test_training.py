@@ -235,6 +235,15 @@ def test_a_pickled_checkpoint_is_refused(tmp_path: Path) -> None:
         train(tiny_config(), tmp_path / "run", resume=True, device="cpu")
 
 
+@pytest.mark.parametrize("content", [{}, [1], {"model": {}, "average": {}, "optimizer": {}, "step": 1}])
+def test_a_foreign_checkpoint_is_refused(tmp_path: Path, content: Any) -> None:
+    train(tiny_config(training__epochs=0.1), tmp_path / "run", device="cpu")
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
+    torch.save(content, checkpoint)
+    with pytest.raises(UserError, match="is not one of this run"):
+        train(tiny_config(training__epochs=0.1), tmp_path / "run", resume=True, device="cpu")
+
+
 def test_a_batch_must_divide_among_the_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Three:
         process_index, num_processes, device = 0, 3, torch.device("cpu")
