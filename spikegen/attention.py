@@ -91,14 +91,19 @@ class TCJA(nn.Module):
         steps = torch.ones(num_steps, num_steps)
         self.register_buffer("mask", (steps.tril() if causal else steps).unsqueeze(-1), persistent=False)
 
-    def forward(self, x: Float[Tensor, "T B C *hw"]) -> Float[Tensor, "T B C *hw"]:
-        """The gated spike train; UserError when its steps or channels are not those that the block was built for."""
+    def forward(
+        self, x: Float[Tensor, "T B C *hw"], squeezed: Float[Tensor, "T B C"] | None = None
+    ) -> Float[Tensor, "T B C *hw"]:
+        """The gated spike train; UserError when its steps or channels are not those that the block was built for.
+
+        `squeezed` is the mean over space where whoever wrote the spikes has it already.
+        """
         if x.shape[0] != self.num_steps or x.shape[2] != self.channels:
             raise UserError(
                 f"TCJA was built for T={self.num_steps} steps and C={self.channels} channels, "
                 f"but the spike train has T={x.shape[0]} and C={x.shape[2]}"
             )
-        gate = self.gate(x)
+        gate = self.gate(x if squeezed is None else squeezed).to(x.dtype)
         return x * gate.reshape(*gate.shape, *(1,) * (x.dim() - 3))
 
     def gate(self, x: Float[Tensor, "T B C *hw"]) -> Float[Tensor, "T B C"]:

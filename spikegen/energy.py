@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from spikegen.attention import TCJA
 from spikegen.config import Config
 from spikegen.data import to_model
-from spikegen.kernels import choose
+from spikegen.kernels import Norm, choose
 from spikegen.neurons import LIF
 from spikegen.vae import SAMPLE_CHUNK, SpikingVAE
 
@@ -83,25 +83,24 @@ def measure(model: SpikingVAE, call: Callable[[], Any], images: int) -> Profile:
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear | TCJA | LIF):
             cost = LayerCost(name, type(module).__name__)
-            hooks.append(module.register_forward_hook(_counter(cost, profile)))
             if isinstance(module, LIF):
-                _wrap_step(module, cost, profile)
+                _wrap_neuron(module, cost, profile)
+            else:
+                hooks.append(module.register_forward_hook(_counter(cost, profile)))
     try:
         call()
     finally:
         for hook in hooks:
             hook.remove()
         for module in model.modules():
-            module.__dict__.pop("step", None)
+            for name in ("fire", "step"):
+                module.__dict__.pop(name, None)
     return profile
 
 
-def _counter(cost: LayerCost, profile: Profile) -> Callable[[nn.Module, tuple[Tensor], Tensor], None]:
-    def count(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+def _counter(cost: LayerCost, profile: Profile) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+    def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         profile.layers[cost.name] = cost
-        if isinstance(module, LIF):
-            _count_spikes(cost, output, output[0, 0].numel())
-            return
         x = inputs[0]
         active = x.count_nonzero().item()
         cost.inputs, cost.active = cost.inputs + x.numel(), cost.active + active
@@ -141,17 +140,23 @@ def _count_spikes(cost: LayerCost, spikes: Tensor, neurons: int) -> None:
     cost.steps += spikes.numel()
 
 
-def _wrap_step(module: LIF, cost: LayerCost, profile: Profile) -> None:
-    """Count the neurons that are stepped one time step at a time, past the forward hooks."""
-    step = module.step
+def _wrap_neuron(module: LIF, cost: LayerCost, profile: Profile) -> None:
+    """Count neurons, whose calls hooks do not see: over a whole sequence, or one step at a time."""
+    fire, step = module.fire, module.step
 
-    def counted(current: Tensor, mem: Tensor | None) -> tuple[Tensor, Tensor]:
+    def counted_fire(current: Tensor, norm: Norm | None, steps: int) -> tuple[Tensor, Tensor]:
+        spikes, rate = fire(current, norm, steps)
+        profile.layers[cost.name] = cost
+        _count_spikes(cost, spikes, spikes[0, 0].numel())
+        return spikes, rate
+
+    def counted_step(current: Tensor, mem: Tensor | None) -> tuple[Tensor, Tensor]:
         spikes, mem = step(current, mem)
         profile.layers[cost.name] = cost
         _count_spikes(cost, spikes, spikes[0].numel())
         return spikes, mem
 
-    module.__dict__["step"] = counted
+    module.__dict__["fire"], module.__dict__["step"] = counted_fire, counted_step
 
 
 def report(model: SpikingVAE, config: Config | None, images: int = 64) -> str:
@@ -159,6 +164,7 @@ def report(model: SpikingVAE, config: Config | None, images: int = 64) -> str:
 
     Reconstruction is measured on test images where the run's config names its data, else on samples.
     """
+    engine = choose(model.config.engine, model.device, steps=model.config.num_steps)
     sampling = measure(model, lambda: model.sample(SAMPLE_CHUNK), SAMPLE_CHUNK)
     if config is not None:
         batch = to_model(config.data.load("test").images[:images].to(model.device))
@@ -175,5 +181,5 @@ def report(model: SpikingVAE, config: Config | None, images: int = 64) -> str:
             f"microjoules an image at {MAC_PICOJOULES} and {AC_PICOJOULES} pJ; "
             f"{profile.firing_rate:.3f} spikes a neuron a step"
         )
-    lines.append(f"parameters: {sum(p.numel() for p in model.parameters()):,}; engine: {choose(model.config.engine)}")
+    lines.append(f"parameters: {sum(p.numel() for p in model.parameters()):,}; engine: {engine}")
     return "\n".join(lines)

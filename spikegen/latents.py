@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from spikegen.kernels import Engine
 from spikegen.neurons import LIFSpec
 from spikegen.spec import Spec, UserError
-from spikegen.stages import Stage, ThresholdNorm, dense_stage, fold_time
+from spikegen.stages import Stage, Stepper, ThresholdNorm, dense_stage, fold_time
 
 Chance = Annotated[float, Field(ge=0, le=1)]
 
@@ -108,20 +108,20 @@ class Bernoulli(nn.Module):
         self, uniform: Float[Tensor, "T B D"], label: Int64[Tensor, " B"] | None = None
     ) -> Float[Tensor, "T B D"]:
         """z from the prior, one step at a time with the membranes carried."""
-        mems: list[Tensor | None] = [None] * len(self.prior)
+        step = Stepper(self.prior)
         z, drawn = torch.zeros_like(uniform[0]), []
         for u in uniform:
-            z, _ = self._pick(_step(self.prior, self._with_label(z, label), mems), u)
+            z, _ = self._pick(step(self._with_label(z, label)), u)
             drawn.append(z)
         return torch.stack(drawn)
 
     @torch.no_grad()
     def _draw_posterior(self, encoded: Tensor, direct: Tensor | None, uniform: Tensor) -> tuple[Tensor, Tensor]:
-        mems: list[Tensor | None] = [None] * len(self.posterior)
+        step = Stepper(self.posterior)
         z, drawn = torch.zeros_like(encoded[0]), []
         for t, (x, u) in enumerate(zip(encoded, uniform, strict=True)):
             now = None if direct is None else direct[t]
-            z, rate = self._pick(_step(self.posterior, torch.cat([x, z], -1), mems, now), u)
+            z, rate = self._pick(step(torch.cat([x, z], -1), now), u)
             drawn.append((z, rate))
         spikes, rates = zip(*drawn, strict=True)
         return torch.stack(spikes), torch.stack(rates)
@@ -135,11 +135,11 @@ class Bernoulli(nn.Module):
         coins[: self.spec.scheduled_from] = False
         if not coins[:-1].any():
             return _previous(spikes)
-        mems: list[Tensor | None] = [None] * len(self.prior)
+        step = Stepper(self.prior)
         z, inputs = torch.zeros_like(spikes[0]), []
         for own, coin in zip(spikes, coins.tolist(), strict=True):
             inputs.append(z)
-            rate = self._candidates(_step(self.prior, self._with_label(z, label), mems)).mean(-1)
+            rate = self._candidates(step(self._with_label(z, label))).mean(-1)
             z = (rate + 1e-3 * torch.randn_like(rate) > 0.5).to(own.dtype) if coin else own
         return torch.stack(inputs)
 
@@ -178,14 +178,4 @@ def _network(stages: nn.ModuleList, x: Tensor, direct: Tensor | None = None) -> 
     for stage in hidden:
         x, _ = stage(x)
     assert isinstance(last, Stage)
-    current = fold_time(last.current, x)
-    return last.fire(current if direct is None else current + direct)[0]
-
-
-def _step(stages: nn.ModuleList, x: Tensor, mems: list[Tensor | None], direct: Tensor | None = None) -> Tensor:
-    """One step through all stages; `mems` is the carried state, updated in place."""
-    for i, stage in enumerate(stages):
-        assert isinstance(stage, Stage)
-        last = i == len(stages) - 1
-        x, mems[i] = stage.step(x, mems[i], direct if last else None)
-    return x
+    return last.fire(fold_time(last.layer, x), len(x), direct)[0]

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from spikegen.kernels import Engine, Reset, lif_scan, lif_step
+from spikegen.kernels import Engine, Norm, Reset, lif_scan, lif_step, normed_scan
 from spikegen.kernels.surrogates import ATan, Surrogate
 from spikegen.spec import Spec, UserError
 
@@ -68,6 +68,16 @@ class LIF(nn.Module):
         """Spikes (0 or 1, in the dtype of `current`) of a sequence of currents; channels are dimension 2."""
         beta, threshold = self._constants(current[0])
         return lif_scan(current, beta, threshold, self.spec.reset, self.spec.surrogate, self.engine)
+
+    def fire(
+        self, current: Float[Tensor, "t B C *n"], norm: Norm | None, steps: int
+    ) -> tuple[Float[Tensor, "T B C *n"], Float[Tensor, "T B C"]]:
+        """(spikes, their mean over space) of currents that `norm`, if any, has yet to be applied to.
+
+        `current` has a step for each of `steps`, or a single one that serves them all.
+        """
+        beta, threshold = self._constants(current[0])
+        return normed_scan(current, norm, beta, threshold, self.spec.reset, self.spec.surrogate, steps, self.engine)
 
     def step(
         self, current: Float[Tensor, "B *n"], mem: Float[Tensor, "B *n"] | None

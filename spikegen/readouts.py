@@ -74,7 +74,8 @@ class MembraneReadout(nn.Module):
     def forward(self, spikes: Float[Tensor, "T B F H W"]) -> Float[Tensor, "B C H W"]:
         """The image in (-1, 1)."""
         weights = self.weights.to(spikes.dtype)
-        summed = torch.einsum("t,tbfhw->bfhw", weights, spikes)
+        # Channels last, as the stages write them, this is one matrix product that copies nothing.
+        summed = torch.tensordot(weights, spikes.movedim(2, -1), 1).movedim(-1, 1)
         # The convolution is linear and adds its bias once; the sum over time adds it sum(w) times.
         assert self.conv.bias is not None
         bias = (self.weights.sum() - 1) * self.conv.bias

@@ -13,6 +13,7 @@ from torch import Tensor
 from spikegen.config import Config, dump_config, load_config
 from spikegen.data import to_model, to_uint8
 from spikegen.losses import reconstruction
+from spikegen.memory import keep_freed_memory
 from spikegen.progress import progress_bar
 from spikegen.spec import UserError, parse
 from spikegen.storage import read_json, replacing, require_writable, user_mistakes, write_text
@@ -106,7 +107,10 @@ def pick_device(name: str) -> str:
     """`auto` is cuda where there is one; UserError for `cuda` where there is none."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no CUDA device is available; use --device cpu or auto")
-    return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"
+    if name != "cpu" and torch.cuda.is_available():
+        return "cuda"
+    keep_freed_memory()
+    return "cpu"
 
 
 def default_output(source: str, name: str) -> Path:

@@ -1,6 +1,6 @@
 """Stages: layer -> norm -> neuron -> optional attention, the layer folded over time."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Literal
 
 import torch
@@ -10,9 +10,15 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from spikegen.attention import Attention
-from spikegen.kernels import Engine
+from spikegen.kernels import Engine, Norm, moments
+from spikegen.kernels.norms import EPSILON, per_channel
 from spikegen.neurons import LIFSpec
 from spikegen.spec import Spec
+
+Layer = nn.Conv2d | nn.ConvTranspose2d | nn.Linear
+
+MOMENTUM = 0.1
+"""How fast the running statistics move."""
 
 
 def fold_time(layer: Callable[[Tensor], Tensor], x: Float[Tensor, "T B *n"]) -> Float[Tensor, "T B *m"]:
@@ -48,31 +54,44 @@ class ThresholdNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "N C *n"]) -> Float[Tensor, "N C *n"]:
         """The normalised currents; batch statistics in training, the running ones in evaluation."""
-        return self._norm(x, self.training)
+        x = x.unsqueeze(0)
+        return self.of(x).apply(x)[0].to(x.dtype)
 
-    def running(self, x: Float[Tensor, "N C *n"]) -> Float[Tensor, "N C *n"]:
-        """The same under the running statistics, in training too, for networks that are stepped through time."""
-        return self._norm(x, False)
+    def of(self, x: Float[Tensor, "T B C *n"], offset: Float[Tensor, " C"] | None = None) -> Norm:
+        """The norm that `forward` applies to x + offset, for a scan to apply to x; in training the statistics move."""
+        if not self.training:
+            return self.running(offset)
+        count = x.numel() // x.shape[2]
+        if count < 2:
+            raise ValueError(f"batch statistics need more than one value a channel; got currents of {tuple(x.shape)}")
+        mean, var = moments(x)
+        bias: Tensor = self.bias
+        with torch.no_grad():
+            centre = mean if offset is None else mean + offset
+            self.running_mean.lerp_(centre.to(self.running_mean.dtype), MOMENTUM)
+            self.running_var.lerp_((var * (count / (count - 1))).to(self.running_var.dtype), MOMENTUM)
+        if offset is not None:
+            bias = bias + 0 * offset  # the mean takes an offset away: its gradient is 0, not absent
+        return Norm(self.weight * self.scale, bias, mean, var, batch=True)
 
-    def _norm(self, x: Tensor, training: bool) -> Tensor:
-        return F.batch_norm(
-            x,
-            self.running_mean,
-            self.running_var,
-            self.weight * self.scale,
-            self.bias,
-            training,
-            momentum=0.1,
-            eps=1e-5,
-        )
+    def running(self, offset: Float[Tensor, " C"] | None = None) -> Norm:
+        """The norm under the running statistics, in training too, for networks that are stepped through time."""
+        weight: Tensor = self.weight * self.scale
+        bias: Tensor = self.bias
+        if offset is not None:
+            bias = bias + offset * (weight / torch.sqrt(self.running_var + EPSILON))
+        return Norm(weight, bias, self.running_mean, self.running_var, batch=False)
 
 
 class Stage(nn.Module):
     """layer -> norm -> neuron -> attention; see `down_stage`, `up_stage` and `dense_stage` for the layers."""
 
+    layer: Layer
+    bias: Tensor
+
     def __init__(
         self,
-        layer: nn.Module,
+        layer: Layer,
         channels: int,
         neuron: LIFSpec,
         engine: Engine,
@@ -81,33 +100,68 @@ class Stage(nn.Module):
     ):
         super().__init__()
         neuron.check_channels(channels)
+        # The layer's bias joins the norm, which takes it away in training: added there it costs nothing.
+        assert layer.bias is not None
+        self.bias = layer.bias
         self.layer = layer
+        layer.register_parameter("bias", None)
         self.norm = ThresholdNorm(channels, alpha * neuron.mean_threshold)
         self.neuron = neuron.build(engine)
         self.attention = attention
 
     def forward(self, x: Float[Tensor, "T B *n"]) -> tuple[Float[Tensor, "T B *m"], Float[Tensor, ""]]:
         """The stage's spikes (gated where there is attention) and its firing rate, spikes a neuron a step."""
-        return self.fire(fold_time(self.current, x))
+        return self.fire(fold_time(self.layer, x), len(x))
 
-    def current(self, x: Float[Tensor, "N *n"]) -> Float[Tensor, "N *m"]:
-        """The neurons' input, without time."""
-        return self.norm(self.layer(x))
+    def fire(
+        self, current: Float[Tensor, "t B *m"], steps: int, direct: Float[Tensor, "T B *m"] | None = None
+    ) -> tuple[Float[Tensor, "T B *m"], Float[Tensor, ""]]:
+        """Spikes of what the layer gave for each of `steps`, or once for all of them, and their rate.
 
-    def fire(self, current: Float[Tensor, "T B *m"]) -> tuple[Float[Tensor, "T B *m"], Float[Tensor, ""]]:
-        """Spikes of a sequence of currents, and their rate."""
-        spikes = self.neuron(current)
-        return (spikes if self.attention is None else self.attention(spikes)), spikes.mean()
-
-    def step(
-        self, x: Float[Tensor, "B *n"], mem: Tensor | None, direct: Tensor | None = None
-    ) -> tuple[Float[Tensor, "B *m"], Tensor]:
-        """One time step under running statistics, without gradient or attention: (spikes, membrane to carry).
-
-        `direct` is added to the current.
+        `direct` is added after the norm.
         """
-        current = self.norm.running(self.layer(x))
-        return self.neuron.step(current if direct is None else current + direct, mem)
+        norm: Norm | None = self.norm.of(current, self.bias)
+        if direct is not None:
+            assert norm is not None
+            current, norm = norm.apply(current) + direct, None
+        spikes, rate = self.neuron.fire(current, norm, steps)
+        return (spikes if self.attention is None else self.attention(spikes, rate)), rate.mean()
+
+
+class Stepper:
+    """Stages run one time step after another under running statistics, without gradient or attention.
+
+    Carries the membranes; what does not change from step to step is computed once.
+    """
+
+    def __init__(self, stages: Iterable[nn.Module]):
+        self.stages = [s for s in stages if isinstance(s, Stage)]
+        self.mems: list[Tensor | None] = [None] * len(self.stages)
+        with torch.no_grad():
+            self.affines = [stage.norm.running(stage.bias).affine() for stage in self.stages]
+        # autocast casts weights anew at every call where no gradient is taken
+        self.casts = [_autocast_copy(stage.layer) for stage in self.stages]
+
+    @torch.no_grad()
+    def __call__(self, x: Float[Tensor, "B *n"], direct: Tensor | None = None) -> Float[Tensor, "B *m"]:
+        """The last stage's spikes of the next step; `direct` is added to its current."""
+        for i, (stage, layer, affine) in enumerate(zip(self.stages, self.casts, self.affines, strict=True)):
+            current = layer(x)
+            scale, shift = (per_channel(c, current.unsqueeze(0)) for c in affine)
+            current = (current * scale).add_(shift)
+            if direct is not None and i == len(self.stages) - 1:
+                current += direct
+            x, self.mems[i] = stage.neuron.step(current, self.mems[i])
+        return x
+
+
+def _autocast_copy(layer: Layer) -> Callable[[Tensor], Tensor]:
+    """The layer, a linear one with its weight in autocast's dtype where that is on."""
+    weight = layer.weight
+    if not isinstance(layer, nn.Linear) or not torch.is_autocast_enabled(weight.device.type):
+        return layer
+    cast = weight.detach().to(torch.get_autocast_dtype(weight.device.type))
+    return lambda x: F.linear(x, cast)
 
 
 def down_stage(spec: StageSpec, inputs: int, neuron: LIFSpec, engine: Engine, attention: nn.Module | None) -> Stage:

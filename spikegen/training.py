@@ -48,6 +48,7 @@ def train(config: Config, out: str | Path, *, resume: bool = False, device: str 
     rank, ranks = accelerator.process_index, accelerator.num_processes
     if settings.batch_size % ranks:
         raise UserError(f"training.batch_size {settings.batch_size} is not divisible by {ranks} processes")
+    engine = choose(config.model.engine, wanted, steps=config.model.num_steps)
     dry_run(config)  # finds what cannot be built before the data is fetched
     if resume:
         _require_same(config, run.config(), run)
@@ -64,7 +65,7 @@ def train(config: Config, out: str | Path, *, resume: bool = False, device: str 
     average = AveragedModel(model, multi_avg_fn=_average(settings.ema), use_buffers=True)
     averaged = cast(SpikingVAE, average.module)
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay
+        model.parameters(), lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
     )
     step, meter, total = 0, _Meter(), math.ceil(settings.epochs * len(train_set) / settings.batch_size)
     if resume:
@@ -139,7 +140,7 @@ def train(config: Config, out: str | Path, *, resume: bool = False, device: str 
             now = step * settings.batch_size
             if _crossed(seen, now, settings.log_every) or step == total:
                 row = meter.row(accelerator, now, now / len(train_set), optimizer.param_groups[0]["lr"])
-                log(row | {"engine": choose(config.model.engine)})
+                log(row | {"engine": engine})
                 accuracy = f"accuracy {row['accuracy']:.4f}  " if "accuracy" in row else ""
                 info = f"loss {row['loss']:.4f}  recon {row['recon']:.4f}  {accuracy}{row['images_per_second']:.0f}/s"
                 bar.update(task, info=info)

@@ -5,10 +5,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from jaxtyping import install_import_hook
 
 # Before spikegen's first import, in whichever test file that is: all its annotations are then checked.
 install_import_hook("spikegen", "beartype.beartype")
+
+# Without a GPU, engine `triton` runs in Triton's interpreter; set before triton's first import.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 THREADS = 2
 os.environ["OMP_NUM_THREADS"] = str(THREADS)  # for the commands that tests start
@@ -16,8 +21,6 @@ os.environ["OMP_NUM_THREADS"] = str(THREADS)  # for the commands that tests star
 
 @pytest.fixture(autouse=True, scope="session")
 def _threads() -> None:
-    import torch
-
     torch.set_num_threads(THREADS)
 
 

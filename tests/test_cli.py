@@ -109,7 +109,7 @@ def test_a_saved_model_folder_samples_too(spikegen, run: Path, tmp_path: Path) -
 def test_profile_counts_parameters_operations_and_energy(spikegen, run: Path) -> None:
     code, out, _ = spikegen("profile", run)
     assert code == 0
-    assert all(word in out for word in ("parameters:", "MACs", "ACs", "microjoules", "sampling:", "engine: torch"))
+    assert all(word in out for word in ("parameters:", "MACs", "ACs", "microjoules", "sampling:", "engine: numba"))
 
 
 # ---- what a user can get wrong: one line, exit code 2, nothing harmed

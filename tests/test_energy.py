@@ -114,7 +114,7 @@ def test_attention_costs_its_gate_and_makes_the_next_layer_multiply(kind, gate):
     kernels = {"tcja": {"kernel_t": 4, "kernel_c": 3}, "tla": {"kernel_t": 4}, "cla": {"kernel_c": 3}}[kind]
     model, x = build(head=None, attention={"kind": kind, **kernels}), images()
     spikes = []
-    model.encoder[0].neuron.register_forward_hook(lambda m, i, out: spikes.append(out.sum().item()))
+    model.encoder[0].attention.register_forward_hook(lambda m, inputs, out: spikes.append(inputs[0].sum().item()))
     costs = measure(model, lambda: model.reconstruct(x), IMAGES).layers
     # C^2 K_T T + T^2 K_C C an image, and one product for every spike that is gated
     assert costs["encoder.0.attention"].macs == IMAGES * gate + spikes[0]

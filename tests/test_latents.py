@@ -43,7 +43,7 @@ def noise(steps=STEPS, batch=BATCH):
 def run(stages, x, extra=0.0):
     """A network over a whole sequence, from its parts; `extra` joins the last layer's currents."""
     for i, stage in enumerate(stages):
-        current = torch.stack([stage.norm.running(stage.layer(frame)) for frame in x])
+        current = stage.norm.running(stage.bias).apply(torch.stack([stage.layer(frame) for frame in x]))
         x = stage.neuron(current + extra if i == len(stages) - 1 else current)
     return x
 
@@ -254,10 +254,12 @@ def test_every_parameter_gets_the_gradient_it_should(labels, shortcut):
     def reached(loss):
         grads = torch.autograd.grad(loss, [*latent.parameters(), x], allow_unused=True, retain_graph=True)
         names = [name for name, _ in latent.named_parameters()] + ["x"]
-        # A batch norm takes off whatever the bias before it adds: no such gradient but rounding.
+        # A batch norm takes off whatever the layer's bias adds: its gradient is 0.
         return {n for n, g in zip(names, grads, strict=True) if g is not None and g.abs().max() > 1e-12}
 
-    names = {n for n, _ in latent.named_parameters() if not n.endswith(("layer.bias", "shortcut.0.bias"))}
+    names = {
+        n for n, _ in latent.named_parameters() if n.endswith("norm.bias") or "bias" not in n or n == "shortcut.1.bias"
+    }
     of_prior = {n for n in names if n.startswith(("prior", "label"))}
     assert reached((prior.rate * weights).sum()) == of_prior  # and nothing flows back into the posterior's bits
     assert reached((posterior.rate * weights).sum()) == (names - of_prior) | {"x"}

@@ -6,18 +6,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from spikegen.kernels import analytic, reference
+from spikegen.kernels import analytic, fused, reference
+from spikegen.kernels.engines import ENGINES, Engine, choose
+from spikegen.kernels.norms import Norm, moments
 from spikegen.kernels.surrogates import AnySurrogate
 
-Engine = Literal["auto", "reference", "torch"]
+__all__ = ["ENGINES", "Engine", "Norm", "Reset", "choose", "lif_scan", "lif_step", "moments", "normed_scan"]
+
 Reset = Literal["subtract", "zero"]
 
-ENGINES = {"reference": reference.scan, "torch": analytic.scan}
-
-
-def choose(engine: Engine) -> str:
-    """The engine that `auto` stands for; any other name is itself."""
-    return "torch" if engine == "auto" else engine
+PLAIN = {"reference": reference.scan, "torch": analytic.scan}
+"""Engines that scan alone, one operation after another."""
 
 
 def lif_scan(
@@ -33,8 +32,37 @@ def lif_scan(
     `beta` (clamped to [0, 1]) and `threshold` broadcast against x[0]. The membrane is held in float32 where `x` is
     narrower, as snnTorch's promotion does. Source: snnTorch's `Leaky`, whose reset is detached.
     """
-    wide = torch.promote_types(x.dtype, torch.float32)
-    return ENGINES[choose(engine)](x, beta.to(wide).clamp(0, 1), threshold.to(wide), reset, surrogate)
+    beta, threshold = _wide(x, beta, threshold)
+    chosen = choose(engine, x.device, x.dtype, len(x))
+    if chosen in PLAIN:
+        return PLAIN[chosen](x, beta, threshold, reset, surrogate)
+    shape = x.shape
+    x = x.reshape(len(x), *(1,) * (3 - x.dim()), *shape[1:])  # at least [T, B, C]
+    return fused.scan(x, None, beta, threshold, reset, surrogate, len(x), False, chosen)[0].view(shape)
+
+
+def normed_scan(
+    y: Float[Tensor, "t B C *n"],
+    norm: Norm | None,
+    beta: Float[Tensor, "*b"],
+    threshold: Float[Tensor, "*h"],
+    reset: Reset,
+    surrogate: AnySurrogate,
+    steps: int,
+    engine: Engine = "auto",
+) -> tuple[Float[Tensor, "T B C *n"], Float[Tensor, "T B C"]]:
+    """`lif_scan` of normalised currents: (spikes in the dtype of `y`, their mean over space in float32 or wider).
+
+    `y` has one time step for each of `steps`, or a single one for all of them.
+    """
+    beta, threshold = _wide(y, beta, threshold)
+    chosen = choose(engine, y.device, y.dtype, steps)
+    if chosen not in PLAIN:
+        return fused.scan(y, norm, beta, threshold, reset, surrogate, steps, True, chosen)
+    x = (y if norm is None else norm.apply(y)).expand(steps, *y.shape[1:])
+    spikes = PLAIN[chosen](x, beta, threshold, reset, surrogate)
+    rate = spikes.flatten(3).mean(-1, dtype=beta.dtype) if y.dim() > 3 else spikes.to(beta.dtype)
+    return spikes.to(y.dtype), rate
 
 
 def lif_step(
@@ -45,7 +73,13 @@ def lif_step(
     reset: Reset,
 ) -> tuple[Float[Tensor, "*n"], Float[Tensor, "*n"]]:
     """One step of `lif_scan` with the state carried by the caller: (spikes, membrane before the reset). No gradient."""
-    wide = torch.promote_types(x.dtype, torch.float32)
+    beta, threshold = _wide(x, beta, threshold)
     with torch.no_grad():
-        mem = analytic.step(x, mem, beta.to(wide).clamp(0, 1), threshold.to(wide), reset)
-        return (mem > threshold.to(wide)).to(x.dtype), mem
+        mem = analytic.step(x, mem, beta, threshold, reset)
+        return (mem > threshold).to(x.dtype), mem
+
+
+def _wide(x: Tensor, beta: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
+    """The constants in the membrane's dtype, beta clamped."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return beta.to(wide).clamp(0, 1), threshold.to(wide)

@@ -10,12 +10,20 @@ from torch import Tensor
 
 from spikegen.spec import Spec
 
+Compiled = tuple[int, float, float, float]
+"""A surrogate for the fused engines: which formula, and its constants a, b, c."""
+
 
 class ATan(Spec):
     """alpha / (2 (1 + (pi/2 alpha V)^2)): snnTorch's `atan`, SpikingJelly's default."""
 
     kind: Literal["atan"] = "atan"
     alpha: float = Field(2.0, gt=0)
+
+    @property
+    def compiled(self) -> Compiled:
+        """See Compiled."""
+        return 0, self.alpha / 2, math.pi / 2 * self.alpha, 0.0
 
     def derivative(self, v: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
         """The derivative at `v` = mem - threshold."""
@@ -28,6 +36,11 @@ class FastSigmoid(Spec):
     kind: Literal["fast_sigmoid"] = "fast_sigmoid"
     slope: float = Field(25.0, gt=0)
 
+    @property
+    def compiled(self) -> Compiled:
+        """See Compiled."""
+        return 1, self.slope, 0.0, 0.0
+
     def derivative(self, v: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
         """The derivative at `v` = mem - threshold."""
         return (v.abs() * self.slope + 1).square_().reciprocal_()
@@ -38,6 +51,11 @@ class Sigmoid(Spec):
 
     kind: Literal["sigmoid"] = "sigmoid"
     slope: float = Field(25.0, gt=0)
+
+    @property
+    def compiled(self) -> Compiled:
+        """See Compiled."""
+        return 2, self.slope, 0.0, 0.0
 
     def derivative(self, v: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
         """The derivative at `v` = mem - threshold."""
@@ -50,6 +68,11 @@ class Triangle(Spec):
 
     kind: Literal["triangle"] = "triangle"
     gamma: float = Field(1.0, gt=0)
+
+    @property
+    def compiled(self) -> Compiled:
+        """See Compiled."""
+        return 3, self.gamma, 1 / self.gamma**2, 0.0
 
     def derivative(self, v: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
         """The derivative at `v` = mem - threshold."""
@@ -67,6 +90,11 @@ class Rectangle(Spec):
     width: float = Field(1.0, gt=0)
     centre: float = 0.0
 
+    @property
+    def compiled(self) -> Compiled:
+        """See Compiled."""
+        return 4, 1 / self.width, self.width / 2, self.centre
+
     def derivative(self, v: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
         """The derivative at `v` = mem - threshold."""
         return ((v - self.centre).abs_() < self.width / 2).to(v.dtype) / self.width
@@ -76,6 +104,11 @@ class StraightThrough(Spec):
     """1 everywhere: snnTorch's `straight_through_estimator`."""
 
     kind: Literal["straight_through"] = "straight_through"
+
+    @property
+    def compiled(self) -> Compiled:
+        """See Compiled."""
+        return 5, 0.0, 0.0, 0.0
 
     def derivative(self, v: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
         """The derivative at `v` = mem - threshold."""

@@ -1,0 +1,207 @@
+"""The fused engines' scan as one differentiable operator: norm, integration, firing and counting in a single pass."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spikegen.kernels.engines import module
+from spikegen.kernels.layout import Layout, lay_out
+from spikegen.kernels.norms import Norm, chain, per_channel
+from spikegen.kernels.surrogates import AnySurrogate
+
+
+def scan(
+    x: Tensor,
+    norm: Norm | None,
+    beta: Tensor,
+    threshold: Tensor,
+    reset: str,
+    surrogate: AnySurrogate,
+    steps: int,
+    rated: bool,
+    engine: str,
+) -> tuple[Tensor, Tensor]:
+    """(spikes [T, B, ...], their mean over space [T, B, C] where `rated`, else an empty tensor)."""
+    code, *numbers = surrogate.compiled
+    parts = (norm.weight, norm.bias, norm.mean, norm.var, norm.batch) if norm else (None, None, None, None, False)
+    result: tuple[Tensor, Tensor] = _scan(
+        x, *parts, beta, threshold, steps, reset == "zero", code, numbers, rated, engine
+    )
+    return result
+
+
+@torch.library.custom_op("spikegen::lif_scan", mutates_args=())
+def _scan(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    batch: bool,
+    beta: Tensor,
+    threshold: Tensor,
+    steps: int,
+    zero: bool,
+    surrogate: int,
+    numbers: list[float],
+    rated: bool,
+    engine: str,
+) -> tuple[Tensor, Tensor]:
+    norm = _norm(weight, bias, mean, var, batch)
+    x, layout, constants = _arrange(x, norm, beta, threshold, steps, engine)
+    spikes, rate = _outputs(x, layout, rated)
+    if x.numel():
+        counts = constants.new_empty(steps, layout.rows, layout.lanes) if rated and layout.tile else None
+        module(engine).forward(layout, x, constants, zero, norm is not None, spikes, counts)
+        if counts is not None:
+            rate.copy_(layout.rate_from_lanes(counts)).div_(_pixels(x))
+        elif rated:
+            rate.copy_(spikes.flatten(3).mean(-1, dtype=rate.dtype) if x.dim() > 3 else spikes)
+    return spikes, rate
+
+
+@_scan.register_fake
+def _(  # type: ignore[no-untyped-def]
+    x, weight, bias, mean, var, batch, beta, threshold, steps, zero, surrogate, numbers, rated, engine
+):
+    layout = lay_out(x, steps, _spread(x, _norm(weight, bias, mean, var, batch), beta, threshold), module(engine).TILE)[
+        1
+    ]
+    return _outputs(x, layout, rated)
+
+
+@torch.library.custom_op("spikegen::lif_scan_backward", mutates_args=())
+def _scan_backward(
+    grad_spikes: Tensor,
+    grad_rate: Tensor | None,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    batch: bool,
+    beta: Tensor,
+    threshold: Tensor,
+    steps: int,
+    zero: bool,
+    surrogate: int,
+    numbers: list[float],
+    engine: str,
+    constants_too: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    norm = _norm(weight, bias, mean, var, batch)
+    fitted, layout, constants = _arrange(x, norm, beta, threshold, steps, engine)
+    out = layout.empty(x, len(x))
+    if not x.numel():
+        zeros = [x.new_empty(0) if c is None else torch.zeros_like(c) for c in (weight, bias, beta, threshold)]
+        return out, zeros[0], zeros[1], zeros[2], zeros[3]
+    share = None
+    if grad_rate is not None:
+        grad_rate = grad_rate.to(constants.dtype) / _pixels(x)
+        if layout.tile:
+            share = layout.rate_to_lanes(grad_rate)
+        else:
+            grad_spikes = grad_spikes + grad_rate.view(*grad_rate.shape, *(1,) * (x.dim() - 3)).to(grad_spikes.dtype)
+    grad_spikes = layout.dense(grad_spikes.to(x.dtype))
+    run = lambda k, out, sums: module(engine).backward(  # noqa: E731
+        layout, fitted, k, zero, norm is not None, (surrogate, *numbers), grad_spikes, share, out, sums
+    )
+    idle = constants.new_zeros(2, layout.lanes)
+    grad_weight, grad_bias = x.new_empty(0), x.new_empty(0)
+    if norm is None:
+        sums = run(torch.cat([constants, idle]), out, constants_too)
+    else:
+        # With batch statistics dL/dY needs the sums over all of dL/dX: a first pass takes them, a second one writes.
+        sums = run(torch.cat([constants, idle]), None if batch else out, True)
+        grad_y, grad = [layout.from_lanes(s, norm.weight) if layout.tile else _by_channel(layout, s) for s in sums[:2]]
+        (_, k1, k2), grad_weight, grad_bias = chain(
+            norm.weight, norm.mean, norm.var, grad_y, grad, x.numel() // x.shape[2] if batch else None
+        )
+        if batch:
+            shifts = torch.stack([layout.to_lanes(per_channel(k, x)) for k in (k1, k2)])
+            run(torch.cat([constants, shifts]), out, False)
+    if sums is None:
+        return out, grad_weight, grad_bias, x.new_empty(0), x.new_empty(0)
+    # what an operator returns may not share memory
+    grad_beta, grad_threshold = (
+        layout.from_lanes(k, c).clone() for k, c in zip(sums[2:], (beta, threshold), strict=True)
+    )
+    return out, grad_weight, grad_bias.clone(), grad_beta, grad_threshold
+
+
+def _by_channel(layout: Layout, sums: Tensor) -> Tensor:
+    return sums.view(layout.lane_shape).flatten(1).sum(1) if len(layout.lane_shape) > 1 else sums
+
+
+@_scan_backward.register_fake
+def _(grad_spikes, grad_rate, x, weight, bias, mean, var, batch, beta, threshold, steps, *rest):  # type: ignore[no-untyped-def]
+    layout = lay_out(
+        x, steps, _spread(x, _norm(weight, bias, mean, var, batch), beta, threshold), module(rest[-2]).TILE
+    )[1]
+    normed, constants_too = weight is not None, rest[-1] or weight is not None
+    parts = (weight, normed), (bias, normed), (beta, constants_too), (threshold, constants_too)
+    return layout.empty(x, len(x)), *(torch.empty_like(c) if here else x.new_empty(0) for c, here in parts)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, bias, mean, var, batch, beta, threshold, steps, zero, surrogate, numbers, rated, engine = inputs
+    ctx.save_for_backward(x, weight, bias, mean, var, beta, threshold)
+    ctx.rest = batch, steps, zero, surrogate, numbers, engine, rated
+    ctx.set_materialize_grads(False)
+
+
+def _gradient(ctx: Any, grad_spikes: Tensor | None, grad_rate: Tensor | None) -> tuple[Tensor | None, ...]:
+    x, weight, bias, mean, var, beta, threshold = ctx.saved_tensors
+    batch, steps, zero, surrogate, numbers, engine, rated = ctx.rest
+    needs = ctx.needs_input_grad
+    if grad_spikes is None:
+        if grad_rate is None or not rated:
+            return (None,) * 14
+        grad_spikes = x.new_zeros(steps, *x.shape[1:])
+    grads = _scan_backward(
+        grad_spikes,
+        grad_rate if rated else None,
+        *(x, weight, bias, mean, var, batch, beta, threshold),
+        *(steps, zero, surrogate, numbers, engine, needs[6] or needs[7]),
+    )
+    wanted = dict(zip((0, 1, 2, 6, 7), grads, strict=True))
+    return tuple(wanted[i] if i in wanted and needs[i] else None for i in range(14))
+
+
+_scan.register_autograd(_gradient, setup_context=_keep)
+
+
+# ---- parts of the above ----------------------------------------------------------------------------------------------
+
+
+def _norm(weight: Any, bias: Any, mean: Any, var: Any, batch: bool) -> Norm | None:
+    return None if weight is None else Norm(weight, bias, mean, var, batch)
+
+
+def _spread(x: Tensor, norm: Norm | None, beta: Tensor, threshold: Tensor) -> list[Tensor]:
+    """Scale, shift, beta and threshold, each to broadcast over a step."""
+    if norm is None:
+        none = beta.new_ones(())
+        return [none, none, beta, threshold]
+    return [*(per_channel(c, x) for c in norm.affine()), beta, threshold]
+
+
+def _arrange(
+    x: Tensor, norm: Norm | None, beta: Tensor, threshold: Tensor, steps: int, engine: str
+) -> tuple[Tensor, Layout, Tensor]:
+    """The currents, their layout, and the constants [4, L]."""
+    constants = _spread(x, norm, beta, threshold)
+    x, layout = lay_out(x, steps, constants, module(engine).TILE)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return x, layout, torch.stack([layout.to_lanes(c.to(wide)) for c in constants])
+
+
+def _outputs(x: Tensor, layout: Layout, rated: bool) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    rate = x.new_empty((layout.steps, *x.shape[1:3]) if rated else 0, dtype=wide)
+    return layout.empty(x, layout.steps), rate
+
+
+def _pixels(x: Tensor) -> int:
+    return x[0, 0, 0].numel() if x.dim() > 3 else 1

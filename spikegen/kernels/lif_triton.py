@@ -1,0 +1,257 @@
+"""Engine `triton`: the fused scan on a CUDA device, one kernel forward and one backward, membranes in registers.
+
+The backward computes the membranes again from the currents, so that nothing but the input is kept. In Triton's
+interpreter (TRITON_INTERPRET=1) the same code runs on the CPU, for tests.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from spikegen.kernels.layout import Layout
+
+TILE = 1
+"""Lanes that places are merged up to: none, a program takes a block of places by lanes."""
+
+MAX_STEPS = 64
+"""Every step's membrane is in a register of its own in the backward."""
+
+INTERPRETED = triton.knobs.runtime.interpret
+_FLOATS = {torch.bfloat16, torch.float16, torch.float32, torch.float64}
+
+
+def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why this engine cannot run there, or None."""
+    if device.type != "cuda" and not INTERPRETED:
+        return f"it needs a CUDA device, and this is on {device.type}"
+    return None if dtype in _FLOATS else f"it has no {str(dtype).removeprefix('torch.')}"
+
+
+def _jit(function: Callable[..., None]) -> Any:
+    """A kernel, without the decorators that Triton does not understand, such as those that check shapes in tests."""
+    return triton.jit(inspect.unwrap(function))
+
+
+@_jit
+def _derivative(v, KIND: tl.constexpr, a, b, c):  # type: ignore[no-untyped-def]
+    """dS/dV of the surrogates; KIND and the constants are their `compiled` form."""
+    if KIND == 0:  # atan
+        return a / (1 + (v * b) * (v * b))
+    elif KIND == 1:  # fast sigmoid
+        return 1 / ((1 + tl.abs(v) * a) * (1 + tl.abs(v) * a))
+    elif KIND == 2:  # sigmoid
+        s = 1 / (1 + tl.exp(-v * a))
+        return s * (1 - s) * a
+    elif KIND == 3:  # triangle
+        return tl.maximum(a - tl.abs(v), 0) * b
+    elif KIND == 4:  # rectangle
+        return tl.where(tl.abs(v - c) < b, a, 0)
+    else:  # straight through
+        return v * 0 + 1
+
+
+@_jit
+def _block(P, L, row_stride, PB: tl.constexpr, LB: tl.constexpr):  # type: ignore[no-untyped-def]
+    """(row, lanes, where in a step of the currents, where in a dense step of one row, mask) of this program."""
+    blocks = tl.cdiv(P, PB)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    places = (tl.program_id(0) % blocks) * PB + tl.arange(0, PB)
+    lanes = tl.program_id(1) * LB + tl.arange(0, LB)
+    mask = (places < P)[:, None] & (lanes < L)[None, :]
+    here = places[:, None] * L + lanes[None, :]
+    return row, lanes, row * row_stride + here, row * P * L + here, mask
+
+
+@_jit
+def _forward(  # type: ignore[no-untyped-def]
+    x, constants, spikes, counts, R, P, L, time_stride, row_stride,
+    T: tl.constexpr, ZERO: tl.constexpr, AFFINE: tl.constexpr, RATED: tl.constexpr, WIDE: tl.constexpr,
+    PB: tl.constexpr, LB: tl.constexpr,
+):  # fmt: skip
+    row, lanes, at, dense, mask = _block(P, L, row_stride, PB, LB)
+    inside = lanes < L
+    scale = tl.load(constants + lanes, inside)[None, :]
+    shift = tl.load(constants + L + lanes, inside)[None, :]
+    beta = tl.load(constants + 2 * L + lanes, inside)[None, :]
+    threshold = tl.load(constants + 3 * L + lanes, inside)[None, :]
+    mem = tl.zeros((PB, LB), WIDE)
+    step = R.to(tl.int64) * P * L
+    for t in tl.static_range(T):
+        current = tl.load(x + t * time_stride + at, mask, 0).to(WIDE)
+        if AFFINE:
+            current = current * scale + shift
+        before = mem
+        mem = before * beta + current
+        if not ZERO:
+            mem = mem - tl.where(before > threshold, threshold, 0)
+        fired = (mem > threshold) & mask
+        spike = tl.where(fired, 1.0, 0.0)
+        tl.store(spikes + t * step + dense, spike.to(spikes.dtype.element_ty), mask)
+        if RATED:  # whole numbers: any order of adding gives the same
+            tl.atomic_add(counts + (t * R + row) * L + lanes, tl.sum(spike.to(WIDE), 0), inside)
+        if ZERO:
+            mem = tl.where(fired, 0, mem)
+
+
+@_jit
+def _backward(  # type: ignore[no-untyped-def]
+    x, constants, grads, share, out, sums, a, b, c, R, P, L, time_stride, row_stride,
+    T: tl.constexpr, ZERO: tl.constexpr, AFFINE: tl.constexpr, RATED: tl.constexpr, KIND: tl.constexpr,
+    WRITE: tl.constexpr, SUMS: tl.constexpr, ONCE: tl.constexpr, WIDE: tl.constexpr,
+    PB: tl.constexpr, LB: tl.constexpr,
+):  # fmt: skip
+    row, lanes, at, dense, mask = _block(P, L, row_stride, PB, LB)
+    inside = lanes < L
+    scale = tl.load(constants + lanes, inside)[None, :]
+    shift = tl.load(constants + L + lanes, inside)[None, :]
+    beta = tl.load(constants + 2 * L + lanes, inside)[None, :]
+    threshold = tl.load(constants + 3 * L + lanes, inside)[None, :]
+    k1 = tl.load(constants + 4 * L + lanes, inside)[None, :]
+    k2 = tl.load(constants + 5 * L + lanes, inside)[None, :]
+    step = R.to(tl.int64) * P * L
+    # ---- the membranes again, from the currents
+    mem = tl.zeros((PB, LB), WIDE)
+    held = mem
+    mems = (mem,)  # U[-1] = 0, U[0], ..., U[T-1]
+    for t in tl.static_range(T):
+        current = tl.load(x + t * time_stride + at, mask, 0).to(WIDE)
+        if AFFINE:
+            current = current * scale + shift
+        mem = held * beta + current
+        if ZERO:
+            held = tl.where(mem > threshold, 0, mem)
+        else:
+            mem = mem - tl.where(held > threshold, threshold, 0)
+            held = mem
+        mems = mems + (mem,)  # type: ignore[assignment]  # noqa: RUF005
+    # ---- dL/dU, from the last step to the first; `later` is what comes from U[t+1]
+    later = tl.zeros((PB, LB), WIDE)
+    total = tl.zeros((PB, LB), WIDE)
+    sum_x = tl.zeros((PB, LB), WIDE)
+    sum_beta = tl.zeros((PB, LB), WIDE)
+    sum_threshold = tl.zeros((PB, LB), WIDE)
+    for t in tl.static_range(T - 1, -1, -1):
+        grad = tl.load(grads + t * step + dense, mask, 0).to(WIDE)
+        if RATED:
+            grad += tl.load(share + (t * R + row) * L + lanes, inside)[None, :]
+        fire = _derivative(mems[t + 1] - threshold, KIND, a, b, c) * tl.where(mask, grad, 0)
+        grad = fire + later
+        before = mems[t]
+        fired = before > threshold
+        live = grad
+        if ZERO:
+            live = tl.where(fired, 0, grad)
+        later = live * beta
+        total += grad
+        if SUMS:
+            sum_beta += live * before
+            sum_threshold -= fire
+            if not ZERO:
+                sum_threshold -= tl.where(fired, grad, 0)
+        if not ONCE:
+            if AFFINE:
+                value = tl.load(x + t * time_stride + at, mask, 0).to(WIDE)
+                sum_x += grad * value
+                grad = grad * scale + k1 + k2 * value
+            if WRITE:
+                tl.store(out + t * step + dense, grad.to(out.dtype.element_ty), mask)
+    if ONCE:
+        grad = total
+        if AFFINE:
+            value = tl.load(x + at, mask, 0).to(WIDE)
+            sum_x = grad * value
+            grad = grad * scale + k1 + k2 * value
+        if WRITE:
+            tl.store(out + dense, grad.to(out.dtype.element_ty), mask)
+    if SUMS:
+        part = sums + tl.program_id(0).to(tl.int64) * 4 * L + lanes
+        tl.store(part, tl.sum(sum_x, 0), inside)
+        tl.store(part + L, tl.sum(total, 0), inside)
+        tl.store(part + 2 * L, tl.sum(sum_beta, 0), inside)
+        tl.store(part + 3 * L, tl.sum(sum_threshold, 0), inside)
+
+
+@_jit
+def _moments(  # type: ignore[no-untyped-def]
+    x, sums, T, R, P, L, time_stride, row_stride, PB: tl.constexpr, LB: tl.constexpr
+):
+    _, lanes, at, _, mask = _block(P, L, row_stride, PB, LB)
+    total = tl.zeros((PB, LB), tl.float64)
+    squares = tl.zeros((PB, LB), tl.float64)
+    for t in range(T):
+        value = tl.load(x + t * time_stride + at, mask, 0).to(tl.float64)
+        total += value
+        squares += value * value
+    part = sums + tl.program_id(0).to(tl.int64) * 2 * L + lanes
+    tl.store(part, tl.sum(total, 0), lanes < L)
+    tl.store(part + L, tl.sum(squares, 0), lanes < L)
+
+
+# ---- calling them ----------------------------------------------------------------------------------------------------
+
+
+def forward(
+    layout: Layout, x: Tensor, constants: Tensor, zero: bool, affine: bool, spikes: Tensor, counts: Tensor | None
+) -> None:
+    """Write the spikes, and how many fired in each lane of [T, R, L], into the given tensors."""
+    grid, places, lanes = _grid(layout, 1024)
+    if counts is not None:
+        counts.zero_()
+    _forward[grid](
+        x, constants, spikes, counts, *_sizes(layout),
+        T=layout.steps, ZERO=zero, AFFINE=affine, RATED=counts is not None, WIDE=_wide(constants),
+        PB=places, LB=lanes, enable_fp_fusion=False,
+    )  # fmt: skip
+
+
+def backward(
+    layout: Layout,
+    x: Tensor,
+    constants: Tensor,
+    zero: bool,
+    affine: bool,
+    surrogate: tuple[int, float, float, float],
+    grad_spikes: Tensor,
+    share: Tensor | None,
+    out: Tensor | None,
+    sums: bool,
+) -> Tensor | None:
+    """Write the gradient of `x` into `out`; return the lanes' sums [4, L] of grad x, grad, beta's and threshold's."""
+    # T membranes for each number of a block, in the registers of 128 threads: more spill (ptxas, sm_90).
+    grid, places, lanes = _grid(layout, 512 if layout.steps <= 8 else 256 if layout.steps <= 16 else 128)
+    parts = constants.new_empty(grid[0], 4, layout.lanes) if sums else None
+    kind, a, b, c = surrogate
+    _backward[grid](
+        x, constants, grad_spikes, share, out, parts, a, b, c, *_sizes(layout),
+        T=layout.steps, ZERO=zero, AFFINE=affine, RATED=share is not None, KIND=kind, WRITE=out is not None, SUMS=sums,
+        ONCE=layout.steps > len(x), WIDE=_wide(constants), PB=places, LB=lanes, enable_fp_fusion=False,
+    )  # fmt: skip
+    return None if parts is None else parts.sum(0)
+
+
+def moments(layout: Layout, x: Tensor) -> Tensor:
+    """Sums of x and of its square over time and rows, [2, L] in float64."""
+    grid, places, lanes = _grid(layout, 512)
+    parts = torch.empty(grid[0], 2, layout.lanes, dtype=torch.float64, device=x.device)
+    _moments[grid](x, parts, layout.steps, *_sizes(layout), PB=places, LB=lanes)
+    return parts.sum(0)
+
+
+def _grid(layout: Layout, block: int) -> tuple[tuple[int, int], int, int]:
+    """(programs, places and lanes of each)."""
+    lanes = min(triton.next_power_of_2(layout.lanes), block)
+    places = min(triton.next_power_of_2(layout.places), block // lanes)
+    return (layout.rows * triton.cdiv(layout.places, places), triton.cdiv(layout.lanes, lanes)), places, lanes
+
+
+def _sizes(layout: Layout) -> tuple[int, int, int, int, int]:
+    return layout.rows, layout.places, layout.lanes, layout.time_stride, layout.row_stride
+
+
+def _wide(constants: Tensor) -> tl.dtype:
+    return tl.float64 if constants.dtype == torch.float64 else tl.float32
