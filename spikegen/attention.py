@@ -8,6 +8,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
+from spikegen.kernels.gating import gated
 from spikegen.spec import Spec, UserError
 
 Fusion = Literal["product", "sum"]
@@ -103,8 +104,7 @@ class TCJA(nn.Module):
                 f"TCJA was built for T={self.num_steps} steps and C={self.channels} channels, "
                 f"but the spike train has T={x.shape[0]} and C={x.shape[2]}"
             )
-        gate = self.gate(x if squeezed is None else squeezed).to(x.dtype)
-        return x * gate.reshape(*gate.shape, *(1,) * (x.dim() - 3))
+        return gated(x, self.gate(x if squeezed is None else squeezed))
 
     def gate(self, x: Float[Tensor, "T B C *hw"]) -> Float[Tensor, "T B C"]:
         """F of the paper's equation, in (0, 1)."""

@@ -35,6 +35,7 @@ def unavailable(engine: str, device: torch.device, dtype: torch.dtype = torch.fl
     return reason or (f"it takes at most {most} steps, not {steps}" if steps > most else None)
 
 
+@torch.compiler.assume_constant_result
 def choose(
     engine: Engine, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, steps: int = 1
 ) -> str:
@@ -57,6 +58,7 @@ def choose(
     return engine
 
 
+@torch.compiler.assume_constant_result
 def fused_engine(device: torch.device, dtype: torch.dtype, steps: int = 1) -> str | None:
     """The fused engine for scans of that kind, if there is one."""
     engine = FUSED.get(device.type)

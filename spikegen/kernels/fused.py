@@ -114,7 +114,7 @@ def _scan_backward(
     else:
         # With batch statistics dL/dY needs the sums over all of dL/dX: a first pass takes them, a second one writes.
         sums = run(torch.cat([constants, idle]), None if batch else out, True)
-        grad_y, grad = [layout.from_lanes(s, norm.weight) if layout.tile else _by_channel(layout, s) for s in sums[:2]]
+        grad_y, grad = (layout.channel_sums(s) for s in sums[:2])
         (_, k1, k2), grad_weight, grad_bias = chain(
             norm.weight, norm.mean, norm.var, grad_y, grad, x.numel() // x.shape[2] if batch else None
         )
@@ -128,10 +128,6 @@ def _scan_backward(
         layout.from_lanes(k, c).clone() for k, c in zip(sums[2:], (beta, threshold), strict=True)
     )
     return out, grad_weight, grad_bias.clone(), grad_beta, grad_threshold
-
-
-def _by_channel(layout: Layout, sums: Tensor) -> Tensor:
-    return sums.view(layout.lane_shape).flatten(1).sum(1) if len(layout.lane_shape) > 1 else sums
 
 
 @_scan_backward.register_fake

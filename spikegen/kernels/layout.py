@@ -58,6 +58,13 @@ class Layout:
         inner = like.shape[1:] if like.dim() > len(self.lane_shape) else like.shape
         return sums.view(self.lane_shape).sum_to_size(inner).reshape(like.shape)
 
+    def channel_sums(self, sums: Tensor) -> Tensor:
+        """A number for every lane, added up to one a channel."""
+        if self.tile:
+            return sums.view(self.tile, -1).sum(0)
+        channel = len(self.lane_shape) - len(self.step) + 1
+        return sums.view(self.lane_shape).movedim(channel, 0).flatten(1).sum(1) if self.lane_shape[1:] else sums
+
     def rate_to_lanes(self, rate: Tensor) -> Tensor:
         """[T, B, C] as [T, rows, lanes]; channels last."""
         return rate.repeat(1, 1, self.tile)

@@ -329,6 +329,45 @@ def _moments(dtype: torch.dtype) -> Any:
     return _compile(moments)
 
 
+@functools.cache
+def _gate(dtype: torch.dtype, back: bool) -> Any:
+    item, like, size = _ITEM[dtype], _ONE[dtype], dtype.itemsize
+    wide, wide_size = (types.float64, 8) if dtype == torch.float64 else (types.float32, 4)
+    wide_np = np.float64 if dtype == torch.float64 else np.float32
+    W = WIDTH
+
+    def gate(begin, end, context):  # type: ignore[no-untyped-def]
+        a = carray(context, 20)
+        P, L, blocks = a[2], a[3], a[6]
+        total = np.empty(W, wide_np)
+        for job in range(begin, end):  # one lane block of one image at one step
+            first = (job % blocks) * W
+            n = min(W, L - first)
+            row = job // blocks  # t R + r: time and rows are dense
+            gates = carray(_pointer(a[8] + (row * L + first) * wide_size, wide), n)
+            for i in range(W):
+                total[i] = 0
+            for p in range(P):
+                start = (row * P * L + p * L + first) * size
+                x = carray(_pointer(a[9] + start, item), n)
+                out = carray(_pointer(a[14] + start, item), n)
+                if back:
+                    g = carray(_pointer(a[12] + start, item), n)
+                    for i in range(n):
+                        total[i] += _load(g[i]) * _load(x[i])
+                    for i in range(n):
+                        out[i] = _store(_load(g[i]) * gates[i], like)
+                else:
+                    for i in range(n):
+                        out[i] = _store(_load(x[i]) * gates[i], like)
+            if back:
+                sums = carray(_pointer(a[16] + (row * L + first) * wide_size, wide), n)
+                for i in range(n):
+                    sums[i] = total[i]
+
+    return _compile(gate)
+
+
 # ---- calling them ----------------------------------------------------------------------------------------------------
 
 
@@ -402,6 +441,23 @@ def moments(layout: Layout, x: Tensor) -> Tensor:
     pointers = [None, x, None, None, None, None, None, None, parts]
     _run(_moments(x.dtype), blocks * chunks, [*layout.numbers, blocks, chunk, *_addresses(pointers)])
     return parts.sum(0)
+
+
+def gate(layout: Layout, x: Tensor, gates: Tensor, out: Tensor) -> None:
+    """Write x times the gates [T, R, L] into `out`; both dense."""
+    _gate_pass(layout, x, gates, None, out, None)
+
+
+def gate_backward(layout: Layout, x: Tensor, gates: Tensor, grad: Tensor, out: Tensor, sums: Tensor) -> None:
+    """Write grad times the gates into `out`, and the sums over places of grad x into `sums` [T, R, L]."""
+    _gate_pass(layout, x, gates, grad, out, sums)
+
+
+def _gate_pass(layout: Layout, x: Tensor, gates: Tensor, grad: Tensor | None, out: Tensor, sums: Tensor | None) -> None:
+    blocks = -(-layout.lanes // WIDTH)
+    pointers = [gates, x, None, None, grad, None, out, None, sums]
+    jobs = layout.steps * layout.rows * blocks
+    _run(_gate(x.dtype, grad is not None), jobs, [*layout.numbers, blocks, 1, *_addresses(pointers)])
 
 
 def _addresses(tensors: list[Tensor | None]) -> list[int]:

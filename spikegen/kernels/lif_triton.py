@@ -192,6 +192,29 @@ def _moments(  # type: ignore[no-untyped-def]
     tl.store(part + L, tl.sum(squares, 0), lanes < L)
 
 
+@_jit
+def _gate(  # type: ignore[no-untyped-def]
+    x, gates, grads, out, sums, R, P, L, BACK: tl.constexpr, WIDE: tl.constexpr, PB: tl.constexpr, LB: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)  # t R + r: time and rows are dense
+    lanes = tl.program_id(1) * LB + tl.arange(0, LB)
+    inside = lanes < L
+    gate = tl.load(gates + row * L + lanes, inside)[None, :]
+    total = tl.zeros((PB, LB), WIDE)
+    for first in range(0, P, PB):
+        places = first + tl.arange(0, PB)
+        mask = (places < P)[:, None] & inside[None, :]
+        at = row * P * L + places[:, None] * L + lanes[None, :]
+        value = tl.load(x + at, mask, 0).to(WIDE)
+        if BACK:
+            grad = tl.load(grads + at, mask, 0).to(WIDE)
+            total += grad * value
+            value = grad
+        tl.store(out + at, (value * gate).to(out.dtype.element_ty), mask)
+    if BACK:
+        tl.store(sums + row * L + lanes, tl.sum(total, 0), inside)
+
+
 # ---- calling them ----------------------------------------------------------------------------------------------------
 
 
@@ -240,6 +263,25 @@ def moments(layout: Layout, x: Tensor) -> Tensor:
     parts = torch.empty(grid[0], 2, layout.lanes, dtype=torch.float64, device=x.device)
     _moments[grid](x, parts, layout.steps, *_sizes(layout), PB=places, LB=lanes)
     return parts.sum(0)
+
+
+def gate(layout: Layout, x: Tensor, gates: Tensor, out: Tensor) -> None:
+    """Write x times the gates [T, R, L] into `out`; both dense."""
+    _gate_pass(layout, x, gates, None, out, None)
+
+
+def gate_backward(layout: Layout, x: Tensor, gates: Tensor, grad: Tensor, out: Tensor, sums: Tensor) -> None:
+    """Write grad times the gates into `out`, and the sums over places of grad x into `sums` [T, R, L]."""
+    _gate_pass(layout, x, gates, grad, out, sums)
+
+
+def _gate_pass(layout: Layout, x: Tensor, gates: Tensor, grad: Tensor | None, out: Tensor, sums: Tensor | None) -> None:
+    _, places, lanes = _grid(layout, 1024)
+    grid = (layout.steps * layout.rows, triton.cdiv(layout.lanes, lanes))
+    _gate[grid](
+        x, gates, grad, out, sums, layout.rows, layout.places, layout.lanes,
+        BACK=grad is not None, WIDE=_wide(gates), PB=places, LB=lanes,
+    )  # fmt: skip
 
 
 def _grid(layout: Layout, block: int) -> tuple[tuple[int, int], int, int]:

@@ -60,7 +60,7 @@ def _sums(y: Tensor) -> Tensor:
         return torch.stack([wide.sum(1), wide.square().sum(1)])
     one = y.new_empty(y.shape[2], *(1,) * (y.dim() - 3))
     y, layout = lay_out(y, y.shape[0], [one], module(engine).TILE)
-    return torch.stack([layout.from_lanes(s, one).flatten() for s in module(engine).moments(layout, y)])
+    return torch.stack([layout.channel_sums(s) for s in module(engine).moments(layout, y)])
 
 
 @_sums.register_fake
