@@ -17,7 +17,7 @@ from spikegen.memory import keep_freed_memory
 from spikegen.progress import progress_bar
 from spikegen.spec import UserError, parse
 from spikegen.storage import read_json, replacing, require_writable, user_mistakes, write_text
-from spikegen.vae import SAMPLE_CHUNK, SavedModel, SpikingVAE
+from spikegen.vae import SavedModel, SpikingVAE
 
 
 class Run:
@@ -149,8 +149,7 @@ def generate(
     """Samples 0 .. num-1 of a seed as uint8, a chunk at a time, under a progress bar."""
     with progress_bar() as bar:
         task = bar.add_task("sampling", total=num, info="")
-        for first in range(0, num, SAMPLE_CHUNK):
-            images = model.sample(min(SAMPLE_CHUNK, num - first), seed=seed, label=label, first=first)
+        for images in model.samples(num, seed=seed, label=label):
             bar.advance(task, len(images))
             yield to_uint8(images.cpu())
 

@@ -1,6 +1,6 @@
 """The spiking variational autoencoder: encoding -> stages -> latent -> mirrored stages -> readout, with a head."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from spikegen.attention import Attention
 from spikegen.draws import uniform_per_image
 from spikegen.encoding import DirectSpec, Encoding
+from spikegen.graphs import Call, recorded
 from spikegen.heads import HeadSpec
 from spikegen.kernels import Engine
 from spikegen.latents import BernoulliSpec, Posterior, Prior
@@ -174,18 +175,29 @@ class SpikingVAE(nn.Module, PyTorchModelHubMixin):
 
         A conditional model draws each image's class uniformly unless `label` fixes it.
         """
+        return torch.cat(list(self.samples(num, seed=seed, label=label, first=first)))
+
+    @torch.no_grad()
+    def samples(
+        self, num: int, *, seed: int = 0, label: int | None = None, first: int = 0
+    ) -> Iterator[Float[Tensor, "B C H W"]]:
+        """What `sample` gives, a chunk at a time; on a CUDA device many chunks replay one recorded graph."""
         if num < 1:
             raise UserError(f"the number of samples must be at least 1; got {num}")
         self._check_label(label)
         chunks = range(first // SAMPLE_CHUNK, (first + num - 1) // SAMPLE_CHUNK + 1)
-        was_training = self.training
-        self.eval()
-        try:
-            images = torch.cat([self._sample_chunk(c * SAMPLE_CHUNK, seed, label) for c in chunks])
-        finally:
-            self.train(was_training)
-        start = first % SAMPLE_CHUNK
-        return images[start : start + num]
+        make: Call | None = None
+        for chunk in chunks:
+            start = chunk * SAMPLE_CHUNK
+            was_training = self.training
+            self.eval()
+            try:
+                noise, labels = self._sample_draws(start, seed, label)
+                make = make or recorded(lambda u, y: self.decode(self.latent.sample(u, y)), noise, labels, len(chunks))
+                images = make(noise, labels)
+            finally:
+                self.train(was_training)
+            yield images[max(first - start, 0) : first + num - start]
 
     @property
     def device(self) -> torch.device:
@@ -232,14 +244,15 @@ class SpikingVAE(nn.Module, PyTorchModelHubMixin):
             return torch.rand(steps, len(image), *rest, device=image.device)
         return uniform_per_image(seed, first, len(image), (steps, *rest), image.device)
 
-    def _sample_chunk(self, first: int, seed: int, label: int | None) -> Tensor:
+    def _sample_draws(self, first: int, seed: int, label: int | None) -> tuple[Tensor, Tensor | None]:
+        """The uniform numbers and the labels of the chunk of samples that starts at `first`."""
         shape = self.latent.noise_shape(self.config.num_steps)
         noise = uniform_per_image(seed, first, SAMPLE_CHUNK, shape, self.device)
         labels = None
         if self.config.conditional:
             draws = uniform_per_image(~seed, first, SAMPLE_CHUNK, (1,), self.device)[0]
             labels = (draws * len(self.classes)).long() if label is None else torch.full_like(draws, label).long()
-        return self.decode(self.latent.sample(noise.to(next(self.parameters()).dtype), labels))
+        return noise.to(next(self.parameters()).dtype), labels
 
     def _check_label(self, label: int | None) -> None:
         if label is None:
