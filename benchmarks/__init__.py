@@ -1,1 +1,1 @@
-"""Speed, side by side in one process and run, as ratios of medians."""
+"""Speed, side by side in one process and run, as ratios of medians: `python -m benchmarks`."""
