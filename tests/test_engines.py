@@ -357,6 +357,16 @@ for ours, theirs in zip(*results):
     torch.testing.assert_close(ours, theirs)
 """
 
+UNCACHED = """
+import numba, torch
+from numba.core import caching
+caching.CacheImpl._locator_classes = []
+from spikegen.kernels import lif_scan
+from spikegen.kernels.surrogates import ATan
+args = torch.randn(3, 2, 4), torch.tensor(0.5), torch.tensor(0.3), "zero", ATan()
+assert torch.equal(lif_scan(*args, "numba"), lif_scan(*args, "torch"))
+"""
+
 
 def run_script(tmp_path, text, *arguments, launcher=()):
     script = tmp_path / "script.py"
@@ -409,3 +419,7 @@ def test_a_model_survives_deepcopy_after_a_fused_scan():
     model = build().train()
     loss_of(model(images()), images(), torch.tensor([0, 1, 2])).backward()
     copy.deepcopy(model)
+
+
+def test_without_a_folder_to_keep_code_in_it_is_compiled_all_the_same(tmp_path):
+    run_script(tmp_path, UNCACHED)

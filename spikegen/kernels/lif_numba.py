@@ -111,7 +111,10 @@ _ONE = {torch.bfloat16: np.uint16(0x3F80), torch.float32: np.float32(1), torch.f
 
 
 def _compile(function: Callable[..., None]) -> Any:
-    return cfunc(_SIGNATURE, cache=True, error_model="numpy")(_bare(function))
+    try:
+        return cfunc(_SIGNATURE, cache=True, error_model="numpy")(_bare(function))
+    except (RuntimeError, OSError):  # no folder to keep it in can be written: compiled for this process alone
+        return cfunc(_SIGNATURE, error_model="numpy")(_bare(function))
 
 
 @functools.cache
