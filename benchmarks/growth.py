@@ -4,11 +4,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from benchmarks.scan_rows import stage_input, stage_work, stages
 from benchmarks.table import markdown, milliseconds
-from benchmarks.timing import Setting, Work, peak_memory, race
+from benchmarks.timing import Setting, peak_memory, race
 
 COLUMNS = ("varied", "value", "ours", "snnTorch", "ratio", "ours, MiB", "snnTorch, MiB", "compute", "memory", "limit")
 LAUNCH = 0.15
@@ -93,20 +94,26 @@ def growth(setting: Setting, plot: Path) -> str:
     draw(points, plot)
     about = (
         f"A stage (conv 3x3 /2 + norm + LIF) forward and backward in float32 around {base}; "
-        f"peaks measured in this run: matrix product {flops / 1e9:,.0f} GFLOP/s, copy {bandwidth / 1e9:.1f} GB/s."
+        f"peaks in this run: product or convolution {flops / 1e9:,.0f} GFLOP/s, copy {bandwidth / 1e9:.1f} GB/s."
     )
     return f"{about}\n\n{markdown(COLUMNS, (point.cells() for point in points))}"
 
 
 def peaks(setting: Setting) -> tuple[float, float]:
-    """FLOP/s of a matrix product and bytes/s (read and written) of a copy, in float32."""
+    """FLOP/s of a matrix product or of a convolution, whichever is faster, and bytes/s of a copy, in float32."""
     n = 512 if setting.quick else 8192 if setting.device == "cuda" else 2048
     a, b = (torch.randn(n, n, device=setting.device) for _ in range(2))
     source = torch.randn(2**22 if setting.quick else 2**26, device=setting.device)
     target = torch.empty_like(source)
-    works: dict[str, Work] = {"product": lambda: a @ b, "copy": lambda: target.copy_(source)}
-    seconds = race(works, setting)
-    return 2 * n**3 / seconds["product"], 2 * source.nbytes / seconds["copy"]
+    batch, width, side = 16 if setting.quick else 256, 128, 16
+    images = torch.randn(batch, width, side, side, device=setting.device)
+    kernels = torch.randn(width, width, 3, 3, device=setting.device)
+    # one race each: a copy would throw the operands of the product out of the cache
+    product = race({"ours": lambda: a @ b}, setting)["ours"]
+    convolution = race({"ours": lambda: F.conv2d(images, kernels, padding=1)}, setting)["ours"]
+    copy = race({"ours": lambda: target.copy_(source)}, setting)["ours"]
+    flops = 2 * n**3 / product, 2 * 9 * width**2 * batch * side**2 / convolution
+    return max(flops), 2 * source.nbytes / copy
 
 
 def measure(name: str, value: int, shape: Shape, setting: Setting, flops: float, bandwidth: float) -> Point:
