@@ -109,6 +109,7 @@ class TCJA(nn.Module):
     def gate(self, x: Float[Tensor, "T B C *hw"]) -> Float[Tensor, "T B C"]:
         """F of the paper's equation, in (0, 1)."""
         z = x.flatten(3).mean(-1) if x.dim() > 3 else x
+        z = z.to(next(self.parameters()).dtype)
         maps = []
         if self.tla is not None:
             kernel = self.tla.weight.shape[-1]

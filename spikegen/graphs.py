@@ -15,6 +15,11 @@ def recorded(call: Call, first: Tensor, second: Tensor | None, times: int) -> Ca
     """
     if first.device.type != "cuda" or times <= 4:
         return call
+    with torch.cuda.device(first.device):
+        return _record(call, first, second)
+
+
+def _record(call: Call, first: Tensor, second: Tensor | None) -> Call:
     inputs = first.clone(), None if second is None else second.clone()
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

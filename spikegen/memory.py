@@ -12,7 +12,7 @@ def keep_freed_memory() -> bool:
     """Let glibc keep what is freed for the next tensor; whether that could be set. For the process, once.
 
     By default it gives large blocks back to the system at once, and each of their pages costs a fault when the next
-    step asks for it anew: a third of a training step on a CPU. The peak of memory is the same, but it stays.
+    step asks for it anew: up to a third of a training step on a CPU. What was the peak of memory then stays taken.
     """
     if not sys.platform.startswith("linux"):
         return False

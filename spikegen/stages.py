@@ -1,7 +1,7 @@
 """Stages: layer -> norm -> neuron -> optional attention, the layer folded over time."""
 
 from collections.abc import Callable, Iterable
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -121,10 +121,12 @@ class Stage(nn.Module):
         `direct` is added after the norm.
         """
         norm: Norm | None = self.norm.of(current, self.bias)
+        dtype = current.dtype
         if direct is not None:
             assert norm is not None
             current, norm = norm.apply(current) + direct, None
         spikes, rate = self.neuron.fire(current, norm, steps)
+        spikes = spikes.to(dtype)
         return (spikes if self.attention is None else self.attention(spikes, rate)), rate.mean()
 
 
@@ -135,7 +137,7 @@ class Stepper:
     """
 
     def __init__(self, stages: Iterable[nn.Module]):
-        self.stages = [s for s in stages if isinstance(s, Stage)]
+        self.stages = [cast(Stage, s) for s in stages]
         self.mems: list[Tensor | None] = [None] * len(self.stages)
         with torch.no_grad():
             self.affines = [stage.norm.running(stage.bias).affine() for stage in self.stages]
@@ -147,11 +149,13 @@ class Stepper:
         """The last stage's spikes of the next step; `direct` is added to its current."""
         for i, (stage, layer, affine) in enumerate(zip(self.stages, self.casts, self.affines, strict=True)):
             current = layer(x)
+            dtype = current.dtype
             scale, shift = (per_channel(c, current.unsqueeze(0)) for c in affine)
             current = (current * scale).add_(shift)
             if direct is not None and i == len(self.stages) - 1:
                 current += direct
-            x, self.mems[i] = stage.neuron.step(current, self.mems[i])
+            spikes, self.mems[i] = stage.neuron.step(current, self.mems[i])
+            x = spikes.to(dtype)
         return x
 
 

@@ -173,6 +173,30 @@ def test_empty_tensors(engine, shape):
 
 
 @pytest.mark.parametrize("engine", FUSED)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_whole_model_in_another_dtype(engine, dtype):
+    latent = {"kind": "bernoulli", "size": 8, "candidates": 3, "shortcut": True}
+    for training in (True, False):
+        spikes = []
+        for name in (engine, "reference"):
+            torch.manual_seed(1)
+            model = build(engine=name, attention={"kind": "tcja"}, latent=latent).to(DEVICE, dtype).train(training)
+            torch.manual_seed(2)
+            out = model(images().to(DEVICE, dtype))
+            out.image.float().sum().backward()
+            spikes.append(out.posterior.spikes)
+            assert out.image.dtype == dtype
+        assert torch.equal(*spikes)
+
+
+@pytest.mark.parametrize("engine", FUSED)
+def test_a_rate_of_no_pixels_is_that_of_torch(engine):
+    y, constants = torch.zeros(5, 2, 3, 0, 4), (torch.tensor(0.5), torch.tensor(0.4))
+    rates = [normed_scan(y, None, *constants, "zero", ATan(), 5, name)[1] for name in (engine, "torch")]
+    torch.testing.assert_close(*rates, equal_nan=True)
+
+
+@pytest.mark.parametrize("engine", FUSED)
 def test_one_input_used_twice_and_a_scan_of_a_scan(engine):
     torch.manual_seed(0)
     x = torch.randn(5, 3, 4, device=DEVICE, requires_grad=True)
@@ -204,7 +228,7 @@ def test_operators_keep_torchs_contract(engine):
     torch.library.opcheck(fused._scan, arguments, test_utils=checks)
     torch.library.opcheck(norms._sums, (y.detach(),), test_utils=checks)
     x = torch.rand(2, 3, 4, 5, device=DEVICE).movedim(-1, 2).requires_grad_()
-    gate = torch.rand(2, 3, 5, device=DEVICE, requires_grad=True)
+    gate = torch.rand(5, 3, 2, device=DEVICE).permute(2, 1, 0).requires_grad_()
     torch.library.opcheck(gating._gated, (x, gate, engine), test_utils=checks)
 
 
@@ -356,6 +380,50 @@ assert torch.equal(results[0][0], results[1][0]) and 0 < results[0][0].mean() < 
 for ours, theirs in zip(*results):
     torch.testing.assert_close(ours, theirs)
 """
+
+FOR_A_GPU = """
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from spikegen.kernels import lif_triton as kernels
+
+POINTERS = {"constants": "*fp32", "share": "*fp32", "sums": "*fp32", "counts": "*fp32", "gates": "*fp32"}
+
+def build(kernel, floats, **constants):
+    def kind(name):
+        wide = "*fp64" if kernel is kernels._moments else "*fp32"
+        if name in constants:
+            return "constexpr"
+        if name in ("x", "grads", "out", "spikes"):
+            return f"*{floats}"
+        return (wide if name == "sums" else POINTERS.get(name)) or ("fp32" if name in "abc" else "i32")
+
+    source = ASTSource(fn=kernel, signature={n: kind(n) for n in kernel.arg_names}, constexprs=constants)
+    return compile(source, target=GPUTarget("cuda", 90, 32), options={"enable_fp_fusion": False}).asm["ptx"]
+
+for floats, cases in (("bf16", ({}, {"R": 1, "L": 1}, {"P": 1, "row_stride": 1, "time_stride": 1})), ("fp32", ({},))):
+    # A size of 1 reaches a kernel as a constant, not as a tensor: a batch of one, one pixel, one channel.
+    for sizes in cases:
+        common = dict(WIDE=tl.float32, PB=16, LB=32)
+        scan = dict(ZERO=not sizes, AFFINE=True, RATED=True)
+        ptx = build(kernels._forward, floats, T=4, **common, **scan, **sizes)
+        assert "fma.rn" not in ptx  # a fused multiply-add would round once where snnTorch rounds twice
+        more = dict(KIND=0, WRITE=True, SUMS=True, ONCE=bool(sizes))
+        assert "fma.rn" not in build(kernels._backward, floats, T=4, **common, **scan, **more, **sizes)
+        build(kernels._moments, floats, PB=16, LB=32, **sizes)
+        for back in (False, True):
+            build(kernels._gate, floats, BACK=back, **common, **{k: v for k, v in sizes.items() if k in "PL"})
+for kind in range(6):
+    build(kernels._backward, "bf16", T=2, ZERO=False, AFFINE=False, RATED=False, KIND=kind, WRITE=True, SUMS=False,
+          ONCE=False, WIDE=tl.float32, PB=4, LB=32)
+"""
+
+
+def test_triton_kernels_compile_for_a_gpu(tmp_path, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    run_script(tmp_path, FOR_A_GPU)
+
 
 UNCACHED = """
 import numba, torch

@@ -80,6 +80,6 @@ def lif_step(
 
 
 def _wide(x: Tensor, beta: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
-    """The constants in the membrane's dtype, beta clamped."""
+    """The constants in the membrane's dtype and where the currents are, beta clamped."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    return beta.to(wide).clamp(0, 1), threshold.to(wide)
+    return beta.to(x.device, wide).clamp(0, 1), threshold.to(x.device, wide)

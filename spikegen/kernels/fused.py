@@ -58,6 +58,8 @@ def _scan(
             rate.copy_(layout.rate_from_lanes(counts)).div_(_pixels(x))
         elif rated:
             rate.copy_(spikes.flatten(3).mean(-1, dtype=rate.dtype) if x.dim() > 3 else spikes)
+    elif rated:
+        rate.fill_(torch.nan)  # as the mean of nothing is
     return spikes, rate
 
 
@@ -94,7 +96,8 @@ def _scan_backward(
     fitted, layout, constants = _arrange(x, norm, beta, threshold, steps, engine)
     out = layout.empty(x, len(x))
     if not x.numel():
-        zeros = [x.new_empty(0) if c is None else torch.zeros_like(c) for c in (weight, bias, beta, threshold)]
+        wanted = weight, bias, *((beta, threshold) if constants_too or norm is not None else (None, None))
+        zeros = [x.new_empty(0) if c is None else torch.zeros_like(c) for c in wanted]
         return out, zeros[0], zeros[1], zeros[2], zeros[3]
     share = None
     if grad_rate is not None:
@@ -123,6 +126,8 @@ def _scan_backward(
             run(torch.cat([constants, shifts]), out, False)
     if sums is None:
         return out, grad_weight, grad_bias, x.new_empty(0), x.new_empty(0)
+    if norm is not None:
+        grad_weight, grad_bias = grad_weight.to(norm.weight.dtype), grad_bias.to(norm.bias.dtype)
     # what an operator returns may not share memory
     grad_beta, grad_threshold = (
         layout.from_lanes(k, c).clone() for k, c in zip(sums[2:], (beta, threshold), strict=True)

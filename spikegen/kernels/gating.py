@@ -48,7 +48,7 @@ def _gated_backward(grad: Tensor, x: Tensor, gate: Tensor, engine: str) -> tuple
 
 @_gated_backward.register_fake
 def _(grad: Tensor, x: Tensor, gate: Tensor, engine: str) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(gate)
+    return torch.empty_like(x), gate.new_empty(gate.shape)
 
 
 def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, str], output: Tensor) -> None:

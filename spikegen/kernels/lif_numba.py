@@ -377,7 +377,9 @@ def _gate(dtype: torch.dtype, back: bool) -> Any:
 @functools.cache
 def _pool() -> Any:
     """torch's parallel loop, from its stable C interface: the same threads that its own operations use."""
-    library = ctypes.CDLL(str(next((Path(torch.__file__).parent / "lib").glob("*torch_cpu.*"))))
+    folder = Path(torch.__file__).parent / "lib"
+    names = ("libtorch_cpu.so", "libtorch_cpu.dylib", "torch_cpu.dll")
+    library = ctypes.CDLL(str(next(folder / name for name in names if (folder / name).exists())))
     loop = library.torch_parallel_for
     loop.argtypes = [ctypes.c_int64] * 3 + [ctypes.c_void_p] * 2
     return loop
@@ -399,6 +401,10 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why this engine cannot run there, or None."""
     if device.type != "cpu":
         return f"it runs on the CPU, not on {device.type}"
+    try:
+        _pool()
+    except (OSError, AttributeError, StopIteration) as error:
+        return f"this torch does not lend its threads ({type(error).__name__}: {error})"
     return None if dtype in _ITEM else f"it has no {str(dtype).removeprefix('torch.')}"
 
 

@@ -57,14 +57,16 @@ def _derivative(v, KIND: tl.constexpr, a, b, c):  # type: ignore[no-untyped-def]
 
 @_jit
 def _block(P, L, row_stride, PB: tl.constexpr, LB: tl.constexpr):  # type: ignore[no-untyped-def]
-    """(row, lanes, where in a step of the currents, where in a dense step of one row, mask) of this program."""
-    blocks = tl.cdiv(P, PB)
-    row = (tl.program_id(0) // blocks).to(tl.int64)
-    places = (tl.program_id(0) % blocks) * PB + tl.arange(0, PB)
-    lanes = tl.program_id(1) * LB + tl.arange(0, LB)
+    """(block of rows and places, row, lanes, where in a step of the currents and in a dense one, mask, one)."""
+    one = tl.full((), 1, tl.int64)  # offsets are of 64 bits; an argument that is 1 is no tensor, and cannot be cast
+    blocks, lane_blocks = tl.cdiv(P, PB), tl.cdiv(L, LB)
+    block = tl.program_id(0) // lane_blocks
+    row = one * (block // blocks)
+    places = (block % blocks) * PB + tl.arange(0, PB)
+    lanes = (tl.program_id(0) % lane_blocks) * LB + tl.arange(0, LB)
     mask = (places < P)[:, None] & (lanes < L)[None, :]
     here = places[:, None] * L + lanes[None, :]
-    return row, lanes, row * row_stride + here, row * P * L + here, mask
+    return one * block, row, lanes, row * row_stride + here, row * P * L + here, mask, one
 
 
 @_jit
@@ -73,16 +75,16 @@ def _forward(  # type: ignore[no-untyped-def]
     T: tl.constexpr, ZERO: tl.constexpr, AFFINE: tl.constexpr, RATED: tl.constexpr, WIDE: tl.constexpr,
     PB: tl.constexpr, LB: tl.constexpr,
 ):  # fmt: skip
-    row, lanes, at, dense, mask = _block(P, L, row_stride, PB, LB)
+    _, row, lanes, at, dense, mask, one = _block(P, L, row_stride, PB, LB)
     inside = lanes < L
     scale = tl.load(constants + lanes, inside)[None, :]
     shift = tl.load(constants + L + lanes, inside)[None, :]
     beta = tl.load(constants + 2 * L + lanes, inside)[None, :]
     threshold = tl.load(constants + 3 * L + lanes, inside)[None, :]
     mem = tl.zeros((PB, LB), WIDE)
-    step = R.to(tl.int64) * P * L
+    step, time = one * R * P * L, one * time_stride
     for t in tl.static_range(T):
-        current = tl.load(x + t * time_stride + at, mask, 0).to(WIDE)
+        current = tl.load(x + t * time + at, mask, 0).to(WIDE)
         if AFFINE:
             current = current * scale + shift
         before = mem
@@ -105,7 +107,7 @@ def _backward(  # type: ignore[no-untyped-def]
     WRITE: tl.constexpr, SUMS: tl.constexpr, ONCE: tl.constexpr, WIDE: tl.constexpr,
     PB: tl.constexpr, LB: tl.constexpr,
 ):  # fmt: skip
-    row, lanes, at, dense, mask = _block(P, L, row_stride, PB, LB)
+    block, row, lanes, at, dense, mask, one = _block(P, L, row_stride, PB, LB)
     inside = lanes < L
     scale = tl.load(constants + lanes, inside)[None, :]
     shift = tl.load(constants + L + lanes, inside)[None, :]
@@ -113,13 +115,13 @@ def _backward(  # type: ignore[no-untyped-def]
     threshold = tl.load(constants + 3 * L + lanes, inside)[None, :]
     k1 = tl.load(constants + 4 * L + lanes, inside)[None, :]
     k2 = tl.load(constants + 5 * L + lanes, inside)[None, :]
-    step = R.to(tl.int64) * P * L
+    step, time = one * R * P * L, one * time_stride
     # ---- the membranes again, from the currents
     mem = tl.zeros((PB, LB), WIDE)
     held = mem
     mems = (mem,)  # U[-1] = 0, U[0], ..., U[T-1]
     for t in tl.static_range(T):
-        current = tl.load(x + t * time_stride + at, mask, 0).to(WIDE)
+        current = tl.load(x + t * time + at, mask, 0).to(WIDE)
         if AFFINE:
             current = current * scale + shift
         mem = held * beta + current
@@ -155,7 +157,7 @@ def _backward(  # type: ignore[no-untyped-def]
                 sum_threshold -= tl.where(fired, grad, 0)
         if not ONCE:
             if AFFINE:
-                value = tl.load(x + t * time_stride + at, mask, 0).to(WIDE)
+                value = tl.load(x + t * time + at, mask, 0).to(WIDE)
                 sum_x += grad * value
                 grad = grad * scale + k1 + k2 * value
             if WRITE:
@@ -169,7 +171,7 @@ def _backward(  # type: ignore[no-untyped-def]
         if WRITE:
             tl.store(out + dense, grad.to(out.dtype.element_ty), mask)
     if SUMS:
-        part = sums + tl.program_id(0).to(tl.int64) * 4 * L + lanes
+        part = sums + block * 4 * L + lanes
         tl.store(part, tl.sum(sum_x, 0), inside)
         tl.store(part + L, tl.sum(total, 0), inside)
         tl.store(part + 2 * L, tl.sum(sum_beta, 0), inside)
@@ -180,24 +182,26 @@ def _backward(  # type: ignore[no-untyped-def]
 def _moments(  # type: ignore[no-untyped-def]
     x, sums, T, R, P, L, time_stride, row_stride, PB: tl.constexpr, LB: tl.constexpr
 ):
-    _, lanes, at, _, mask = _block(P, L, row_stride, PB, LB)
+    block, _, lanes, at, _, mask, one = _block(P, L, row_stride, PB, LB)
     total = tl.zeros((PB, LB), tl.float64)
     squares = tl.zeros((PB, LB), tl.float64)
+    time = one * time_stride
     for t in range(T):
-        value = tl.load(x + t * time_stride + at, mask, 0).to(tl.float64)
+        value = tl.load(x + t * time + at, mask, 0).to(tl.float64)
         total += value
         squares += value * value
-    part = sums + tl.program_id(0).to(tl.int64) * 2 * L + lanes
+    part = sums + block * 2 * L + lanes
     tl.store(part, tl.sum(total, 0), lanes < L)
     tl.store(part + L, tl.sum(squares, 0), lanes < L)
 
 
 @_jit
 def _gate(  # type: ignore[no-untyped-def]
-    x, gates, grads, out, sums, R, P, L, BACK: tl.constexpr, WIDE: tl.constexpr, PB: tl.constexpr, LB: tl.constexpr
+    x, gates, grads, out, sums, P, L, BACK: tl.constexpr, WIDE: tl.constexpr, PB: tl.constexpr, LB: tl.constexpr
 ):
-    row = tl.program_id(0).to(tl.int64)  # t R + r: time and rows are dense
-    lanes = tl.program_id(1) * LB + tl.arange(0, LB)
+    lane_blocks = tl.cdiv(L, LB)
+    row = tl.full((), 1, tl.int64) * (tl.program_id(0) // lane_blocks)  # t R + r: time and rows are dense
+    lanes = (tl.program_id(0) % lane_blocks) * LB + tl.arange(0, LB)
     inside = lanes < L
     gate = tl.load(gates + row * L + lanes, inside)[None, :]
     total = tl.zeros((PB, LB), WIDE)
@@ -222,14 +226,15 @@ def forward(
     layout: Layout, x: Tensor, constants: Tensor, zero: bool, affine: bool, spikes: Tensor, counts: Tensor | None
 ) -> None:
     """Write the spikes, and how many fired in each lane of [T, R, L], into the given tensors."""
-    grid, places, lanes = _grid(layout, 1024)
+    _, grid, places, lanes = _grid(layout, 1024)
     if counts is not None:
         counts.zero_()
-    _forward[grid](
-        x, constants, spikes, counts, *_sizes(layout),
-        T=layout.steps, ZERO=zero, AFFINE=affine, RATED=counts is not None, WIDE=_wide(constants),
-        PB=places, LB=lanes, enable_fp_fusion=False,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        _forward[grid](
+            x, constants, spikes, counts, *_sizes(layout),
+            T=layout.steps, ZERO=zero, AFFINE=affine, RATED=counts is not None, WIDE=_wide(constants),
+            PB=places, LB=lanes, enable_fp_fusion=False,
+        )  # fmt: skip
 
 
 def backward(
@@ -246,22 +251,24 @@ def backward(
 ) -> Tensor | None:
     """Write the gradient of `x` into `out`; return the lanes' sums [4, L] of grad x, grad, beta's and threshold's."""
     # T membranes for each number of a block, in the registers of 128 threads: more spill (ptxas, sm_90).
-    grid, places, lanes = _grid(layout, 512 if layout.steps <= 8 else 256 if layout.steps <= 16 else 128)
-    parts = constants.new_empty(grid[0], 4, layout.lanes) if sums else None
+    blocks, grid, places, lanes = _grid(layout, 512 if layout.steps <= 8 else 256 if layout.steps <= 16 else 128)
+    parts = constants.new_empty(blocks, 4, layout.lanes) if sums else None
     kind, a, b, c = surrogate
-    _backward[grid](
-        x, constants, grad_spikes, share, out, parts, a, b, c, *_sizes(layout),
-        T=layout.steps, ZERO=zero, AFFINE=affine, RATED=share is not None, KIND=kind, WRITE=out is not None, SUMS=sums,
-        ONCE=layout.steps > len(x), WIDE=_wide(constants), PB=places, LB=lanes, enable_fp_fusion=False,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        _backward[grid](
+            x, constants, grad_spikes, share, out, parts, a, b, c, *_sizes(layout),
+            T=layout.steps, ZERO=zero, AFFINE=affine, RATED=share is not None, KIND=kind, WRITE=out is not None,
+            SUMS=sums, ONCE=layout.steps > len(x), WIDE=_wide(constants), PB=places, LB=lanes, enable_fp_fusion=False,
+        )  # fmt: skip
     return None if parts is None else parts.sum(0)
 
 
 def moments(layout: Layout, x: Tensor) -> Tensor:
     """Sums of x and of its square over time and rows, [2, L] in float64."""
-    grid, places, lanes = _grid(layout, 512)
-    parts = torch.empty(grid[0], 2, layout.lanes, dtype=torch.float64, device=x.device)
-    _moments[grid](x, parts, layout.steps, *_sizes(layout), PB=places, LB=lanes)
+    blocks, grid, places, lanes = _grid(layout, 512)
+    parts = torch.empty(blocks, 2, layout.lanes, dtype=torch.float64, device=x.device)
+    with torch.cuda.device_of(x):
+        _moments[grid](x, parts, layout.steps, *_sizes(layout), PB=places, LB=lanes)
     return parts.sum(0)
 
 
@@ -276,19 +283,21 @@ def gate_backward(layout: Layout, x: Tensor, gates: Tensor, grad: Tensor, out: T
 
 
 def _gate_pass(layout: Layout, x: Tensor, gates: Tensor, grad: Tensor | None, out: Tensor, sums: Tensor | None) -> None:
-    _, places, lanes = _grid(layout, 1024)
-    grid = (layout.steps * layout.rows, triton.cdiv(layout.lanes, lanes))
-    _gate[grid](
-        x, gates, grad, out, sums, layout.rows, layout.places, layout.lanes,
-        BACK=grad is not None, WIDE=_wide(gates), PB=places, LB=lanes,
-    )  # fmt: skip
+    _, _, places, lanes = _grid(layout, 1024)
+    grid = (layout.steps * layout.rows * triton.cdiv(layout.lanes, lanes),)
+    with torch.cuda.device_of(x):
+        _gate[grid](
+            x, gates, grad, out, sums, layout.places, layout.lanes,
+            BACK=grad is not None, WIDE=_wide(gates), PB=places, LB=lanes,
+        )  # fmt: skip
 
 
-def _grid(layout: Layout, block: int) -> tuple[tuple[int, int], int, int]:
-    """(programs, places and lanes of each)."""
+def _grid(layout: Layout, block: int) -> tuple[int, tuple[int], int, int]:
+    """(blocks of rows and places, programs, places and lanes of each)."""
     lanes = min(triton.next_power_of_2(layout.lanes), block)
     places = min(triton.next_power_of_2(layout.places), block // lanes)
-    return (layout.rows * triton.cdiv(layout.places, places), triton.cdiv(layout.lanes, lanes)), places, lanes
+    blocks = layout.rows * triton.cdiv(layout.places, places)
+    return blocks, (blocks * triton.cdiv(layout.lanes, lanes),), places, lanes
 
 
 def _sizes(layout: Layout) -> tuple[int, int, int, int, int]:

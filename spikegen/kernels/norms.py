@@ -25,9 +25,10 @@ class Norm(NamedTuple):
     batch: bool
 
     def affine(self) -> tuple[Tensor, Tensor]:
-        """(scale, shift): X = scale Y + shift."""
-        scale = self.weight / torch.sqrt(self.var + EPSILON)
-        return scale, self.bias - self.mean * scale
+        """(scale, shift): X = scale Y + shift, in float32 or wider."""
+        weight, bias, mean, var = (_widened(c) for c in self[:4])
+        scale = weight / torch.sqrt(var + EPSILON)
+        return scale, bias - mean * scale
 
     def apply(self, y: Float[Tensor, "T B C *n"]) -> Float[Tensor, "T B C *n"]:
         """X in float32 or wider, with its gradient."""
@@ -44,6 +45,10 @@ def moments(y: Float[Tensor, "T B C *n"]) -> tuple[Float[Tensor, " C"], Float[Te
     var = (sums[1] / count - mean.square()).clamp(min=0)
     wide = torch.promote_types(y.dtype, torch.float32)
     return mean.to(wide), var.to(wide)
+
+
+def _widened(constant: Tensor) -> Tensor:
+    return constant.to(torch.promote_types(constant.dtype, torch.float32))
 
 
 def per_channel(constant: Tensor, y: Tensor) -> Tensor:
@@ -97,6 +102,7 @@ def chain(
     ((scale, k1, k2), gradient of the weight, of the bias), where dL/dY = scale dL/dX + k1 + k2 Y. `count` is how many
     numbers mean and var were taken of; None where they are constants, and k1 = k2 = 0.
     """
+    weight, mean, var = _widened(weight), _widened(mean), _widened(var)
     deviation = torch.sqrt(var + EPSILON)
     grad_weight = (grad_y - mean * grad) / deviation
     scale = weight / deviation
