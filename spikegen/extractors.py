@@ -121,7 +121,7 @@ class CNNExtractor(Extractor):
 
     def __init__(self, network: SmallCNN, size: int):
         super().__init__("cnn", network.widths[-1], f"bilinear to {size}", antialias=True)
-        self.network, self.size = network, size
+        self.network, self.size = network.to(memory_format=torch.channels_last), size
 
     def forward(self, images: UInt8[Tensor, "N 3 H W"]) -> Features:
         """Features [N, 96] and logits [N, 10]."""

@@ -408,14 +408,14 @@ for floats, cases in (("bf16", ({}, {"R": 1, "L": 1}, {"P": 1, "row_stride": 1, 
         scan = dict(ZERO=not sizes, AFFINE=True, RATED=True)
         ptx = build(kernels._forward, floats, T=4, **common, **scan, **sizes)
         assert "fma.rn" not in ptx  # a fused multiply-add would round once where snnTorch rounds twice
-        more = dict(KIND=0, WRITE=True, SUMS=True, ONCE=bool(sizes))
+        more = dict(KIND=0, WRITE=True, SUMS=True, CONSTANTS_TOO=True, ONCE=bool(sizes))
         assert "fma.rn" not in build(kernels._backward, floats, T=4, **common, **scan, **more, **sizes)
         build(kernels._moments, floats, PB=16, LB=32, **sizes)
         for back in (False, True):
             build(kernels._gate, floats, BACK=back, **common, **{k: v for k, v in sizes.items() if k in "PL"})
 for kind in range(6):
     build(kernels._backward, "bf16", T=2, ZERO=False, AFFINE=False, RATED=False, KIND=kind, WRITE=True, SUMS=False,
-          ONCE=False, WIDE=tl.float32, PB=4, LB=32)
+          CONSTANTS_TOO=False, ONCE=False, WIDE=tl.float32, PB=4, LB=32)
 """
 
 

@@ -96,7 +96,7 @@ def _scan_backward(
     fitted, layout, constants = _arrange(x, norm, beta, threshold, steps, engine)
     out = layout.empty(x, len(x))
     if not x.numel():
-        wanted = weight, bias, *((beta, threshold) if constants_too or norm is not None else (None, None))
+        wanted = weight, bias, *((beta, threshold) if constants_too else (None, None))
         zeros = [x.new_empty(0) if c is None else torch.zeros_like(c) for c in wanted]
         return out, zeros[0], zeros[1], zeros[2], zeros[3]
     share = None
@@ -108,7 +108,7 @@ def _scan_backward(
             grad_spikes = grad_spikes + grad_rate.view(*grad_rate.shape, *(1,) * (x.dim() - 3)).to(grad_spikes.dtype)
     grad_spikes = layout.dense(grad_spikes.to(x.dtype))
     run = lambda k, out, sums: module(engine).backward(  # noqa: E731
-        layout, fitted, k, zero, norm is not None, (surrogate, *numbers), grad_spikes, share, out, sums
+        layout, fitted, k, zero, norm is not None, (surrogate, *numbers), grad_spikes, share, out, sums, constants_too
     )
     idle = constants.new_zeros(2, layout.lanes)
     grad_weight, grad_bias = x.new_empty(0), x.new_empty(0)
@@ -124,10 +124,10 @@ def _scan_backward(
         if batch:
             shifts = torch.stack([layout.to_lanes(per_channel(k, x)) for k in (k1, k2)])
             run(torch.cat([constants, shifts]), out, False)
-    if sums is None:
-        return out, grad_weight, grad_bias, x.new_empty(0), x.new_empty(0)
     if norm is not None:
         grad_weight, grad_bias = grad_weight.to(norm.weight.dtype), grad_bias.to(norm.bias.dtype)
+    if not constants_too:
+        return out, grad_weight, grad_bias.clone(), x.new_empty(0), x.new_empty(0)
     # what an operator returns may not share memory
     grad_beta, grad_threshold = (
         layout.from_lanes(k, c).clone() for k, c in zip(sums[2:], (beta, threshold), strict=True)
@@ -140,7 +140,7 @@ def _(grad_spikes, grad_rate, x, weight, bias, mean, var, batch, beta, threshold
     layout = lay_out(
         x, steps, _spread(x, _norm(weight, bias, mean, var, batch), beta, threshold), module(rest[-2]).TILE
     )[1]
-    normed, constants_too = weight is not None, rest[-1] or weight is not None
+    normed, constants_too = weight is not None, rest[-1]
     parts = (weight, normed), (bias, normed), (beta, constants_too), (threshold, constants_too)
     return layout.empty(x, len(x)), *(torch.empty_like(c) if here else x.new_empty(0) for c, here in parts)
 

@@ -180,7 +180,15 @@ def _forward(dtype: torch.dtype, zero: bool, affine: bool, rated: bool) -> Any:
 
 @functools.cache
 def _backward(
-    dtype: torch.dtype, zero: bool, affine: bool, rated: bool, kind: int, write: bool, sums: bool, once: bool
+    dtype: torch.dtype,
+    zero: bool,
+    affine: bool,
+    rated: bool,
+    kind: int,
+    write: bool,
+    sums: bool,
+    constants_too: bool,
+    once: bool,
 ) -> Any:
     item, one, size = _ITEM[dtype], _ONE[dtype], dtype.itemsize
     wide, wide_size = (types.float64, 8) if dtype == torch.float64 else (types.float32, 4)
@@ -258,7 +266,7 @@ def _backward(
                             fired = before > threshold
                             live = (nil if fired else grad) if zero else grad
                             w[STATE * W + i] = live * w[BETA * W + i]
-                            if sums:
+                            if constants_too:
                                 w[SUM_BETA * W + i] += live * before
                                 w[SUM_THRESHOLD * W + i] -= fire if zero else fire + (grad if fired else nil)
                             if once:
@@ -430,15 +438,21 @@ def backward(
     share: Tensor | None,
     out: Tensor | None,
     sums: bool,
+    constants_too: bool,
 ) -> Tensor | None:
-    """Write the gradient of `x` into `out`; return the lanes' sums [4, L] of grad x, grad, beta's and threshold's."""
+    """Write the gradient of `x` into `out`; return the lanes' sums [4, L] of grad x, grad, beta's and threshold's.
+
+    The last two are sums only where `constants_too`.
+    """
     blocks, chunk, chunks = _cut(layout.rows, layout.lanes)
     kind, *rest = surrogate
     numbers = torch.tensor([1, *rest, 0, 0], dtype=constants.dtype)
     parts = constants.new_empty(chunks, 4, layout.lanes) if sums else None
     pointers = [constants, x, None, None, grad_spikes, share, out, numbers, parts]
     once = layout.steps > len(x)  # all steps share one current, whose gradient is their sum
-    function = _backward(x.dtype, zero, affine, share is not None, kind, out is not None, sums, once)
+    function = _backward(
+        x.dtype, zero, affine, share is not None, kind, out is not None, sums, sums and constants_too, once
+    )
     _run(function, blocks * chunks, [*layout.numbers, blocks, chunk, *_addresses(pointers)])
     return None if parts is None else parts.sum(0)
 

@@ -104,7 +104,7 @@ def _forward(  # type: ignore[no-untyped-def]
 def _backward(  # type: ignore[no-untyped-def]
     x, constants, grads, share, out, sums, a, b, c, R, P, L, time_stride, row_stride,
     T: tl.constexpr, ZERO: tl.constexpr, AFFINE: tl.constexpr, RATED: tl.constexpr, KIND: tl.constexpr,
-    WRITE: tl.constexpr, SUMS: tl.constexpr, ONCE: tl.constexpr, WIDE: tl.constexpr,
+    WRITE: tl.constexpr, SUMS: tl.constexpr, CONSTANTS_TOO: tl.constexpr, ONCE: tl.constexpr, WIDE: tl.constexpr,
     PB: tl.constexpr, LB: tl.constexpr,
 ):  # fmt: skip
     block, row, lanes, at, dense, mask, one = _block(P, L, row_stride, PB, LB)
@@ -150,7 +150,7 @@ def _backward(  # type: ignore[no-untyped-def]
             live = tl.where(fired, 0, grad)
         later = live * beta
         total += grad
-        if SUMS:
+        if CONSTANTS_TOO:
             sum_beta += live * before
             sum_threshold -= fire
             if not ZERO:
@@ -248,8 +248,12 @@ def backward(
     share: Tensor | None,
     out: Tensor | None,
     sums: bool,
+    constants_too: bool,
 ) -> Tensor | None:
-    """Write the gradient of `x` into `out`; return the lanes' sums [4, L] of grad x, grad, beta's and threshold's."""
+    """Write the gradient of `x` into `out`; return the lanes' sums [4, L] of grad x, grad, beta's and threshold's.
+
+    The last two are sums only where `constants_too`.
+    """
     # T membranes for each number of a block, in the registers of 128 threads: more spill (ptxas, sm_90).
     blocks, grid, places, lanes = _grid(layout, 512 if layout.steps <= 8 else 256 if layout.steps <= 16 else 128)
     parts = constants.new_empty(blocks, 4, layout.lanes) if sums else None
@@ -258,7 +262,8 @@ def backward(
         _backward[grid](
             x, constants, grad_spikes, share, out, parts, a, b, c, *_sizes(layout),
             T=layout.steps, ZERO=zero, AFFINE=affine, RATED=share is not None, KIND=kind, WRITE=out is not None,
-            SUMS=sums, ONCE=layout.steps > len(x), WIDE=_wide(constants), PB=places, LB=lanes, enable_fp_fusion=False,
+            SUMS=sums, CONSTANTS_TOO=sums and constants_too, ONCE=layout.steps > len(x),
+            WIDE=_wide(constants), PB=places, LB=lanes, enable_fp_fusion=False,
         )  # fmt: skip
     return None if parts is None else parts.sum(0)
 
