@@ -81,10 +81,10 @@ def assert_same(ours, theirs, rounding):
         torch.testing.assert_close(mine.double(), other.double(), rtol=rounding, atol=rounding * scale)
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(24))
 @pytest.mark.parametrize("engine", ["torch", *FUSED])
 def test_engines_equal_reference_on_random_shapes_layouts_and_dtypes(engine, seed):
-    if engine == "triton" and DEVICE.type == "cpu" and seed >= 16:
+    if engine == "triton" and DEVICE.type == "cpu" and seed >= 12:
         pytest.skip("its interpreter is slow")
     leaves, statistics, rest, dtype = case(seed)
     normed = seed % 4 != 3
