@@ -63,7 +63,7 @@ def peers(ours: SpikingVAE) -> dict[str, PeerVAE]:
 def training_step(
     model: SpikingVAE, config: Config, image: Tensor, label: Tensor | None, setting: Setting, bf16: bool
 ) -> Work:
-    """A step as `spikegen.training` takes it: autocast around the forward pass alone."""
+    """The step of `spikegen.training` less clipping and averaging: autocast around the forward pass, fused AdamW."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.training.lr, fused=True)
 
     def loss() -> Tensor:
