@@ -1,4 +1,4 @@
-"""The whole experiment as one object: model, data, training and scoring, from a preset or a YAML file."""
+"""The whole experiment as one object: model, data, training, prior and scoring, from a preset or a YAML file."""
 
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from spikegen.data import DataSpec
+from spikegen.prior import MaskedSpec
 from spikegen.spec import Spec, UserError, parse, suggest
 from spikegen.storage import user_mistakes
 from spikegen.vae import ModelConfig
@@ -16,10 +17,15 @@ from spikegen.vae import ModelConfig
 Rate = Annotated[float, Field(gt=0, lt=1)]
 
 
+PRIOR_LOSSES = {"bernoulli": ("mmd", "kl"), "poisson": ("rbf",), "gaussian": ("kl",), "spatial": ("kl",)}
+"""What a latent's posterior and prior can be compared by."""
+
+
 class LossesConfig(Spec):
     """The weights of the loss: reconstruction (1) + prior + classification + firing rate."""
 
-    prior: Literal["mmd", "kl"] = "mmd"
+    prior: Literal["mmd", "kl", "rbf"] = "mmd"
+    """`mmd` and `kl` for a bernoulli latent, `rbf` for a poisson, `kl` for a gaussian or a spatial one."""
     prior_weight: float = Field(1.0, ge=0)
     psp_tau: float = Field(2.0, ge=1)
     """Time constant of the post-synaptic potentials that `mmd` compares, in steps."""
@@ -29,8 +35,8 @@ class LossesConfig(Spec):
     firing_rate_target: float = Field(0.2, ge=0, le=1)
 
 
-class TrainingConfig(Spec):
-    """How it is trained. Intervals are in images seen."""
+class LoopConfig(Spec):
+    """What every phase of training has."""
 
     epochs: float = Field(10, gt=0, le=1e6)
     batch_size: int = Field(128, ge=1)
@@ -44,8 +50,15 @@ class TrainingConfig(Spec):
     """Largest norm of the gradient."""
     ema: float = Field(0.999, ge=0, lt=1)
     """Decay of the averaged weights, which are what is saved; 0 saves the last ones."""
-    seed: int = Field(0, ge=0, lt=2**63)
     precision: Literal["fp32", "bf16"] = "fp32"
+
+
+class TrainingConfig(LoopConfig):
+    """How it is trained. Intervals are in images seen."""
+
+    seed: int = Field(0, ge=0, lt=2**63)
+    prior_lr: float = Field(1.0, gt=0)
+    """How many times `lr` the latent's own prior learns with."""
     losses: LossesConfig = LossesConfig()
     log_every: int = Field(2_000, ge=1)
     checkpoint_every: int = Field(60_000, ge=1)
@@ -54,6 +67,12 @@ class TrainingConfig(Spec):
     """Test images in an evaluation."""
     keep_checkpoints: int = Field(2, ge=1)
     tensorboard: bool = True
+
+
+class PriorConfig(LoopConfig):
+    """A network learnt, after the rest, over the frozen encoder's spikes; seed and intervals are `training`'s."""
+
+    network: MaskedSpec = MaskedSpec()
 
 
 class ScoringConfig(Spec):
@@ -74,7 +93,17 @@ class Config(Spec):
     model: ModelConfig = ModelConfig()
     data: DataSpec
     training: TrainingConfig = TrainingConfig()
+    prior: PriorConfig | None = None
     scoring: ScoringConfig = ScoringConfig()
+
+    @model_validator(mode="after")
+    def _prior_fits_latent(self) -> "Config":
+        kind, chosen = self.model.latent.kind, self.training.losses.prior
+        if chosen not in (right := PRIOR_LOSSES[kind]):
+            raise ValueError(f"training.losses.prior is {chosen!r}; a {kind} latent takes {' or '.join(right)}")
+        if self.prior is not None and kind != "spatial":
+            raise ValueError(f"prior needs model.latent.kind spatial, not {kind}, which has a prior of its own")
+        return self
 
 
 def load_config(name: str | Path, overrides: Sequence[str] | Mapping[str, Any] = ()) -> Config:

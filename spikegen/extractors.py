@@ -1,4 +1,4 @@
-"""Feature networks for scoring: the FID Inception and a small classifier per data set.
+"""Feature networks for scoring: the FID Inception, a small classifier per data set, FSVAE's autoencoders.
 
 An extractor takes uint8 images [N, 3, H, W] of any size (grey ones repeated to three channels), does its own
 resize and normalisation, and says in `settings()` which ones, so that a score can be compared with another.
@@ -6,6 +6,7 @@ resize and normalisation, and says in `settings()` which ones, so that a score c
 
 import hashlib
 import io
+import math
 import sys
 from dataclasses import dataclass
 from http.client import HTTPException
@@ -60,7 +61,7 @@ class Extractor(nn.Module):
 
 
 def load_extractor(name: str, data: str, device: torch.device | str) -> Extractor:
-    """The extractor called `name` (cnn, inception, inception:PATH), on `device`, for scoring data set `data`.
+    """The extractor called `name` (cnn, inception[:PATH], autoencoder:PATH), on `device`, for scoring data set `data`.
 
     UserError when there is no such extractor, none for this data set, or when its weights cannot be had.
     """
@@ -68,10 +69,14 @@ def load_extractor(name: str, data: str, device: torch.device | str) -> Extracto
     extractor: Extractor
     if kind == "inception":
         extractor = _load_inception(Path(path) if path else None)
+    elif kind == "autoencoder" and path:
+        extractor = _load_autoencoder(Path(path))
     elif name == "cnn":
         extractor = _load_cnn(data)
     else:
-        raise UserError(f"extractor {name!r}: {suggest(name, ['cnn', 'inception', 'inception:PATH'])}")
+        raise UserError(
+            f"extractor {name!r}: {suggest(name, ['cnn', 'inception', 'inception:PATH', 'autoencoder:PATH'])}"
+        )
     extractor.weights_sha256 = weights_hash(extractor.state_dict())
     return extractor.requires_grad_(False).eval().to(device)
 
@@ -130,8 +135,11 @@ class CNNExtractor(Extractor):
 
 def grey_input(images: UInt8[Tensor, "N C H W"], size: int) -> Float[Tensor, "N 1 {size} {size}"]:
     """The mean over the channels of uint8 images, resized to `size` pixels and scaled to [-1, 1]."""
-    grey = images.float().mean(dim=1, keepdim=True).round().to(torch.uint8)
-    return to_model(resize(grey, size))
+    return to_model(resize(_grey(images), size))
+
+
+def _grey(images: UInt8[Tensor, "N C H W"]) -> UInt8[Tensor, "N 1 H W"]:
+    return images.float().mean(dim=1, keepdim=True).round().to(torch.uint8)
 
 
 def _load_cnn(data: str) -> CNNExtractor:
@@ -197,6 +205,53 @@ def _downloaded_inception() -> Path:
 
 def _line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
+
+
+# ---- autoencoder -----------------------------------------------------------------------------------------
+
+
+class AutoencoderExtractor(Extractor):
+    """The encoder of an FSVAE-style autoencoder, for the Frechet autoencoder distance (arXiv 2110.00375).
+
+    Convolutions 3x3 /2 with BatchNorm and LeakyReLU, and a linear layer to the features; images in [-1, 1] at exactly
+    the size it was made for, grey or RGB as its first convolution says.
+    """
+
+    def __init__(self, state: dict[str, Tensor]):
+        levels = sum(key.startswith("encoder.") and key.endswith(".0.weight") for key in state)
+        convs = [state[f"encoder.{i}.0.weight"] for i in range(levels)]
+        dim, flat = state["latent_layer.weight"].shape
+        side = math.isqrt(flat // convs[-1].shape[0])
+        super().__init__("autoencoder", dim, "none", antialias=False)
+        self.channels, self.size = convs[0].shape[1], side * 2**levels
+        self.encoder = nn.Sequential(*(self._level(conv.shape[1], conv.shape[0]) for conv in convs))
+        self.latent_layer = nn.Linear(flat, dim)
+        self.load_state_dict({k: v for k, v in state.items() if k.startswith(("encoder.", "latent_layer."))})
+
+    @staticmethod
+    def _level(inputs: int, outputs: int) -> nn.Sequential:
+        return nn.Sequential(
+            nn.Conv2d(inputs, outputs, 3, stride=2, padding=1), nn.BatchNorm2d(outputs), nn.LeakyReLU()
+        )
+
+    def forward(self, images: UInt8[Tensor, "N 3 H W"]) -> Features:
+        """Features [N, d]; UserError for images of another size."""
+        if images.shape[2:] != (self.size, self.size):
+            size = f"{images.shape[2]}x{images.shape[3]}"
+            raise UserError(f"extractor autoencoder: made for {self.size}x{self.size} images, not {size}")
+        if self.channels == 1:
+            images = _grey(images)
+        return Features(self.latent_layer(self.encoder(to_model(images)).flatten(1)), None)
+
+
+def _load_autoencoder(path: Path) -> AutoencoderExtractor:
+    state = read_weights(path)
+    try:
+        return AutoencoderExtractor(state)
+    except (KeyError, IndexError, ValueError, RuntimeError):  # other keys or shapes
+        raise UserError(
+            f"{path}: not the weights of FSVAE's autoencoder (encoder.0.0.weight, latent_layer.weight)"
+        ) from None
 
 
 # ---- weights ---------------------------------------------------------------------------------------------

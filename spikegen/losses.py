@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from spikegen.latents import Posterior, Prior
+from spikegen.latents import GaussianPosterior, Posterior, Prior
 
 
 def reconstruction(image: Float[Tensor, "B C H W"], target: Float[Tensor, "B C H W"]) -> Float[Tensor, ""]:
@@ -40,6 +40,27 @@ def kl(posterior: Posterior, prior: Prior, floor: float = 1e-2) -> Float[Tensor,
     q = posterior.rate.float().clamp(floor, 1 - floor)
     p = prior.rate.float().clamp(floor, 1 - floor)
     return (q * (q / p).log() + (1 - q) * ((1 - q) / (1 - p)).log()).mean()
+
+
+def rbf_mmd(posterior: Posterior, prior: Prior) -> Float[Tensor, ""]:
+    """ESVAE's MMD^2 between the batch's firing rates under q and p, in a sum of five Gaussian kernels.
+
+    Their bandwidths are 1/4, 1/2, 1, 2 and 4 of the mean squared distance between two of the 2B rates.
+    """
+    rates = torch.cat([posterior.rate.float().mean(0), prior.rate.float().mean(0)])
+    count = len(rates)
+    distances = (rates.unsqueeze(0) - rates.unsqueeze(1)).square().sum(-1)
+    # All rates alike have distance 0: any bandwidth then does.
+    mean = (distances.detach().sum() / (count * (count - 1))).clamp(min=torch.finfo(distances.dtype).tiny * 8)
+    kernel = torch.stack([torch.exp(-distances / (mean * scale)) for scale in (0.25, 0.5, 1.0, 2.0, 4.0)]).sum(0)
+    half = count // 2
+    return kernel[:half, :half].mean() + kernel[half:, half:].mean() - 2 * kernel[:half, half:].mean()
+
+
+def gaussian_kl(posterior: GaussianPosterior) -> Float[Tensor, ""]:
+    """KL(q || N(0, I)) in nats, summed over the dimensions, the mean over the batch."""
+    mean, log_var = posterior.mean, posterior.log_var
+    return 0.5 * (mean.square() + log_var.exp() - 1 - log_var).sum(-1).mean()
 
 
 def classification(logits: Float[Tensor, "B K"], label: Int64[Tensor, " B"]) -> Float[Tensor, ""]:

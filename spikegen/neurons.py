@@ -1,15 +1,16 @@
-"""Spiking neurons: modules from currents to spikes, built on the kernels."""
+"""Spiking neurons: modules from currents to spikes, built on the kernels; and a rectifier, to compare with."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
 from spikegen.kernels import Engine, Norm, Reset, lif_scan, lif_step, normed_scan
 from spikegen.kernels.surrogates import ATan, Surrogate
-from spikegen.spec import Spec, UserError
+from spikegen.spec import Spec, UserError, default_kind
 
 Beta = Annotated[float, Field(ge=0, le=1)]
 Threshold = Annotated[float, Field(gt=0)]
@@ -45,6 +46,27 @@ class LIFSpec(Spec):
         """The threshold that a normalisation before the neuron scales to (tdBN's V_th)."""
         values = self.threshold if isinstance(self.threshold, tuple) else (self.threshold,)
         return sum(values) / len(values)
+
+
+class ReLUSpec(Spec):
+    """The leaky rectifier of an ordinary network, for baselines: no spikes, no membrane, each step by itself."""
+
+    kind: Literal["relu"] = "relu"
+    slope: float = Field(0.01, ge=0, lt=1)
+
+    mean_threshold: ClassVar[float] = 1.0
+    """What a normalisation before it scales to."""
+
+    def build(self, engine: Engine = "auto") -> "ReLU":
+        """The module that this describes."""
+        return ReLU(self.slope)
+
+    def check_channels(self, channels: int) -> None:
+        """Any number will do."""
+
+
+NeuronSpec = LIFSpec | ReLUSpec
+Neuron = Annotated[Annotated[NeuronSpec, Field(discriminator="kind")], default_kind("lif")]
 
 
 class LIF(nn.Module):
@@ -96,3 +118,26 @@ class LIF(nn.Module):
     def extra_repr(self) -> str:
         """The spec, for print(model)."""
         return f"{self.spec!r}, engine={self.engine}"
+
+
+class ReLU(nn.Module):
+    """See ReLUSpec; called as `LIF` is."""
+
+    def __init__(self, slope: float):
+        super().__init__()
+        self.slope = slope
+
+    def forward(self, current: Float[Tensor, "T B *n"]) -> Float[Tensor, "T B *n"]:
+        """The rectified currents."""
+        return F.leaky_relu(current, self.slope)
+
+    def fire(
+        self, current: Float[Tensor, "t B C *n"], norm: Norm | None, steps: int
+    ) -> tuple[Float[Tensor, "T B C *n"], Float[Tensor, "T B C"]]:
+        """(activations, their mean over space) of currents that `norm`, if any, has yet to be applied to."""
+        out = self(current if norm is None else norm.apply(current)).expand(steps, *current.shape[1:])
+        return out, out.flatten(3).mean(-1) if out.dim() > 3 else out
+
+    def step(self, current: Float[Tensor, "B *n"], mem: Tensor | None) -> tuple[Float[Tensor, "B *n"], None]:
+        """One step, which needs nothing of the one before."""
+        return self(current), None

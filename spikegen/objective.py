@@ -6,6 +6,7 @@ from torch import Tensor
 
 from spikegen import losses
 from spikegen.config import LossesConfig
+from spikegen.latents import GaussianPosterior
 from spikegen.vae import VAEOutput
 
 
@@ -14,10 +15,7 @@ def loss_parts(
 ) -> dict[str, Tensor]:
     """Every term: those called `loss/...` are weighted and add up to the loss; the others are to look at."""
     recon = losses.reconstruction(output.image, image)
-    if spec.prior == "mmd":
-        prior = losses.mmd(output.posterior, output.prior, spec.psp_tau)
-    else:
-        prior = losses.kl(output.posterior, output.prior)
+    prior = prior_term(output, spec)
     parts = {"loss/recon": recon, "recon": recon, "loss/prior": spec.prior_weight * prior, "prior": prior}
     if output.logits is not None and label is not None and spec.classification is not None:
         entropy = losses.classification(output.logits, label)
@@ -28,6 +26,17 @@ def loss_parts(
         excess = losses.firing_rate(output.firing_rate, spec.firing_rate_target)
         parts["loss/firing_rate"] = spec.firing_rate * excess
     return parts
+
+
+def prior_term(output: VAEOutput, spec: LossesConfig) -> Float[Tensor, ""]:
+    """How far the posterior is from the prior, in the config's measure."""
+    posterior, prior = output.posterior, output.prior
+    if isinstance(posterior, GaussianPosterior):
+        return losses.gaussian_kl(posterior)
+    assert prior is not None
+    if spec.prior == "mmd":
+        return losses.mmd(posterior, prior, spec.psp_tau)
+    return losses.kl(posterior, prior) if spec.prior == "kl" else losses.rbf_mmd(posterior, prior)
 
 
 def total_loss(parts: dict[str, Tensor]) -> Float[Tensor, ""]:

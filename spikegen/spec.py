@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, TypeVar, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 
 class UserError(Exception):
@@ -19,6 +19,11 @@ class Spec(BaseModel):
     """A frozen, strict description of a part; subclasses sit above the module they describe and have `build(...)`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+
+def default_kind(kind: str) -> BeforeValidator:
+    """For a union of kinds: a mapping that names none is of this one."""
+    return BeforeValidator(lambda v: {"kind": kind, **v} if isinstance(v, Mapping) else v)
 
 
 S = TypeVar("S", bound=Spec)

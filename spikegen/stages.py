@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from spikegen.attention import Attention
 from spikegen.kernels import Engine, Norm, moments
 from spikegen.kernels.norms import EPSILON, per_channel
-from spikegen.neurons import LIFSpec
+from spikegen.neurons import Neuron, NeuronSpec
 from spikegen.spec import Spec
 
 Layer = nn.Conv2d | nn.ConvTranspose2d | nn.Linear
@@ -31,7 +31,7 @@ class StageSpec(Spec):
 
     channels: int = Field(ge=1, le=2**16)
     stride: Literal[1, 2] = 2
-    neuron: LIFSpec | None = None
+    neuron: Neuron | None = None
     attention: Attention | Literal["inherit"] | None = "inherit"
 
 
@@ -93,7 +93,7 @@ class Stage(nn.Module):
         self,
         layer: Layer,
         channels: int,
-        neuron: LIFSpec,
+        neuron: NeuronSpec,
         engine: Engine,
         attention: nn.Module | None,
         alpha: float,
@@ -168,18 +168,30 @@ def _autocast_copy(layer: Layer) -> Callable[[Tensor], Tensor]:
     return lambda x: F.linear(x, cast)
 
 
-def down_stage(spec: StageSpec, inputs: int, neuron: LIFSpec, engine: Engine, attention: nn.Module | None) -> Stage:
+def down_stage(spec: StageSpec, inputs: int, neuron: NeuronSpec, engine: Engine, attention: nn.Module | None) -> Stage:
     """Convolution 3x3, which halves height and width where the stride is 2."""
     layer = nn.Conv2d(inputs, spec.channels, 3, stride=spec.stride, padding=1)
     return Stage(layer, spec.channels, neuron, engine, attention, alpha=1.0)
 
 
-def up_stage(spec: StageSpec, outputs: int, neuron: LIFSpec, engine: Engine, attention: nn.Module | None) -> Stage:
+def up_stage(spec: StageSpec, outputs: int, neuron: NeuronSpec, engine: Engine, attention: nn.Module | None) -> Stage:
     """The mirror of `down_stage`: transposed convolution 3x3 from the spec's channels to `outputs`."""
     layer = nn.ConvTranspose2d(spec.channels, outputs, 3, stride=spec.stride, padding=1, output_padding=spec.stride - 1)
     return Stage(layer, outputs, neuron, engine, attention, alpha=1.0)
 
 
-def dense_stage(inputs: int, outputs: int, neuron: LIFSpec, engine: Engine, alpha: float = 1.0) -> Stage:
+def same_stage(
+    inputs: int, outputs: int, neuron: NeuronSpec, engine: Engine, attention: nn.Module | None = None
+) -> Stage:
+    """Convolution 3x3 that keeps height and width."""
+    return Stage(nn.Conv2d(inputs, outputs, 3, padding=1), outputs, neuron, engine, attention, alpha=1.0)
+
+
+def point_stage(inputs: int, outputs: int, neuron: NeuronSpec, engine: Engine) -> Stage:
+    """Convolution 1x1: a layer of its own at every place."""
+    return Stage(nn.Conv2d(inputs, outputs, 1), outputs, neuron, engine, None, alpha=1.0)
+
+
+def dense_stage(inputs: int, outputs: int, neuron: NeuronSpec, engine: Engine, alpha: float = 1.0) -> Stage:
     """A fully connected stage on [T, B, D]."""
     return Stage(nn.Linear(inputs, outputs), outputs, neuron, engine, None, alpha)

@@ -19,8 +19,9 @@ from spikegen.encoding import DirectSpec, Encoding
 from spikegen.graphs import Call, recorded
 from spikegen.heads import HeadSpec
 from spikegen.kernels import Engine
-from spikegen.latents import BernoulliSpec, Posterior, Prior
-from spikegen.neurons import LIFSpec
+from spikegen.latents import BernoulliSpec, GaussianPosterior, Latent, Posterior, Prior
+from spikegen.neurons import LIFSpec, Neuron
+from spikegen.prior import MaskedPrior, MaskedSpec
 from spikegen.readouts import MembraneSpec, Readout
 from spikegen.spec import Spec, UserError, parse
 from spikegen.stages import Stage, StageSpec, down_stage, up_stage
@@ -38,10 +39,10 @@ class ModelConfig(Spec):
     stages: tuple[StageSpec, ...] = Field(
         (StageSpec(channels=32), StageSpec(channels=64), StageSpec(channels=128)), min_length=1
     )
-    neuron: LIFSpec = LIFSpec()
+    neuron: Neuron = LIFSpec()
     attention: Attention | None = None
     attention_in: Literal["both", "encoder", "decoder"] = "both"
-    latent: BernoulliSpec = BernoulliSpec()
+    latent: Latent = BernoulliSpec()
     readout: Readout = MembraneSpec()
     head: HeadSpec | None = HeadSpec()
     conditional: bool = False
@@ -62,6 +63,7 @@ class SavedModel(Spec):
     model: ModelConfig
     image_shape: tuple[PositiveInt, PositiveInt, PositiveInt]
     classes: tuple[str, ...] = ()
+    prior: MaskedSpec | None = None
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,9 @@ class VAEOutput:
     """What a forward pass gives; the losses are functions of it."""
 
     image: Float[Tensor, "B C H W"]
-    posterior: Posterior
-    prior: Prior
+    posterior: Posterior | GaussianPosterior
+    prior: Prior | None
+    """None where the latent's prior is fixed by its posterior's kind."""
     logits: Float[Tensor, "B K"] | None
     firing_rate: Float[Tensor, " S"]
     """Spikes a neuron a step, for each encoder and decoder stage in order."""
@@ -94,6 +97,7 @@ class SpikingVAE(nn.Module, PyTorchModelHubMixin):
         if model.conditional and not classes:
             raise UserError("model.conditional needs class labels, but the data has none; set it to false")
         self.config, self.image_shape, self.classes = model, image_shape, classes
+        self.prior: MaskedPrior | None = None
         neuron, engine, steps = model.neuron, model.engine, model.num_steps
 
         def attention(spec: StageSpec, part: str, width: int) -> nn.Module | None:
@@ -110,9 +114,9 @@ class SpikingVAE(nn.Module, PyTorchModelHubMixin):
         # ---- latent
         self.feature_shape = (widths[-1], height // model.reduction, width // model.reduction)
         features = widths[-1] * self.feature_shape[1] * self.feature_shape[2]
-        self.latent = model.latent.build(features, neuron, engine, len(classes) if model.conditional else 0)
+        self.latent = model.latent.build(self.feature_shape, neuron, engine, len(classes) if model.conditional else 0)
         # ---- decoder: from the latent's bits back to the features, then the stages in reverse
-        self.expand = self.latent.expand_stage(features)
+        self.expand = self.latent.expand_stage(self.feature_shape, neuron, engine)
         outputs = [widths[1], *widths[1:-1]]
         self.decoder = nn.ModuleList(
             up_stage(s, w, s.neuron or neuron, engine, attention(s, "decoder", w))
@@ -121,7 +125,7 @@ class SpikingVAE(nn.Module, PyTorchModelHubMixin):
         self.readout = model.readout.build(widths[1], channels, steps)
         # ---- classifier head
         with_head = model.head is not None and bool(classes)
-        size = features if model.head and model.head.source == "encoder" else model.latent.size
+        size = features if model.head and model.head.source == "encoder" else self.latent.size
         self.head = model.head.build(size, len(classes)) if model.head and with_head else None
         # Convolutions then give currents whose channels are neighbours: what the fused scan and TCJA read fastest.
         self.to(memory_format=torch.channels_last)
@@ -136,16 +140,16 @@ class SpikingVAE(nn.Module, PyTorchModelHubMixin):
     ) -> VAEOutput:
         """Encode, draw, decode and classify; `progress` in [0, 1] is how much of training is done."""
         features, encoder_rates = self._features(image, seed, 0)
-        posterior = self.latent.infer(features.flatten(2), self._noise(image, seed, 0))
+        posterior = self.latent.infer(features, self._noise(image, seed, 0))
         prior = self.latent.predict(posterior.spikes, label, progress)
         decoded, decoder_rates = self._decode(posterior.spikes)
         rates = torch.stack(encoder_rates + decoder_rates).float()
         return VAEOutput(decoded, posterior, prior, self._classify(features, posterior.spikes), rates)
 
-    def encode(self, image: Float[Tensor, "B C H W"], seed: int = 0, first: int = 0) -> Posterior:
+    def encode(self, image: Float[Tensor, "B C H W"], seed: int = 0, first: int = 0) -> Posterior | GaussianPosterior:
         """The posterior's draw for images first, first+1, ... of a set, which keep their draws in any batches."""
         features, _ = self._features(image, seed, first)
-        return self.latent.infer(features.flatten(2), self._noise(image, seed, first))
+        return self.latent.infer(features, self._noise(image, seed, first))
 
     def decode(self, spikes: Float[Tensor, "T B D"]) -> Float[Tensor, "B C H W"]:
         """Images in (-1, 1) from the latent's bits."""
@@ -157,7 +161,7 @@ class SpikingVAE(nn.Module, PyTorchModelHubMixin):
         if self.head is None:
             raise UserError("this model has no classifier head: it was trained without labels or with head: null")
         features, _ = self._features(image, seed, first)
-        bits = self.latent.infer(features.flatten(2), self._noise(image, seed, first)).spikes
+        bits = self.latent.infer(features, self._noise(image, seed, first)).spikes
         logits = self._classify(features, bits)
         assert logits is not None
         return logits
@@ -187,17 +191,26 @@ class SpikingVAE(nn.Module, PyTorchModelHubMixin):
         self._check_label(label)
         chunks = range(first // SAMPLE_CHUNK, (first + num - 1) // SAMPLE_CHUNK + 1)
         make: Call | None = None
+        source = self.prior or self.latent
         for chunk in chunks:
             start = chunk * SAMPLE_CHUNK
             was_training = self.training
             self.eval()
             try:
                 noise, labels = self._sample_draws(start, seed, label)
-                make = make or recorded(lambda u, y: self.decode(self.latent.sample(u, y)), noise, labels, len(chunks))
+                make = make or recorded(lambda u, y: self.decode(source.sample(u, y)), noise, labels, len(chunks))
                 images = make(noise, labels)
             finally:
                 self.train(was_training)
             yield images[max(first - start, 0) : first + num - start]
+
+    def add_prior(self, spec: MaskedSpec) -> MaskedPrior:
+        """A prior to learn over this model's spikes; samples are drawn from it from now on."""
+        if len(self.latent.shape) != 3:
+            raise UserError(f"prior needs model.latent.kind spatial, not {self.config.latent.kind}")
+        labels = len(self.classes) if self.config.conditional else 0
+        self.prior = spec.build(self.config.num_steps, self.latent.shape, labels, self.config.engine).to(self.device)
+        return self.prior
 
     @property
     def device(self) -> torch.device:
@@ -225,8 +238,8 @@ class SpikingVAE(nn.Module, PyTorchModelHubMixin):
         return x, rates
 
     def _decode(self, spikes: Tensor) -> tuple[Tensor, list[Tensor]]:
-        x, _ = self.expand(spikes)
-        x = x.unflatten(2, self.feature_shape)
+        x, _ = self.expand(spikes.unflatten(2, self.latent.shape))
+        x = x.reshape(*x.shape[:2], *self.feature_shape)
         rates = []
         for stage in self.decoder:
             x, rate = stage(x)
@@ -246,7 +259,7 @@ class SpikingVAE(nn.Module, PyTorchModelHubMixin):
 
     def _sample_draws(self, first: int, seed: int, label: int | None) -> tuple[Tensor, Tensor | None]:
         """The uniform numbers and the labels of the chunk of samples that starts at `first`."""
-        shape = self.latent.noise_shape(self.config.num_steps)
+        shape = self.prior.noise_shape() if self.prior else self.latent.noise_shape(self.config.num_steps)
         noise = uniform_per_image(seed, first, SAMPLE_CHUNK, shape, self.device)
         labels = None
         if self.config.conditional:
@@ -274,7 +287,8 @@ class SpikingVAE(nn.Module, PyTorchModelHubMixin):
 
     def save(self, folder: Path) -> None:
         """Write config.json and model.safetensors into `folder`, each beside and renamed."""
-        saved = SavedModel(model=self.config, image_shape=self.image_shape, classes=self.classes)
+        prior = self.prior.spec if self.prior else None
+        saved = SavedModel(model=self.config, image_shape=self.image_shape, classes=self.classes, prior=prior)
         with replacing(folder / "model.safetensors") as path:
             save_file({k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}, path)
         write_json(folder / "config.json", saved.model_dump(mode="json"))
@@ -291,6 +305,8 @@ class SpikingVAE(nn.Module, PyTorchModelHubMixin):
         config_file, weights_file = folder / "config.json", folder / "model.safetensors"
         saved = parse(SavedModel, read_json(config_file), str(config_file))
         model = cls(saved.model, saved.image_shape, saved.classes)
+        if saved.prior is not None:
+            model.add_prior(saved.prior)
         try:
             model.load_state_dict(load_file(weights_file))
         except (SafetensorError, OSError) as error:

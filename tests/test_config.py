@@ -209,5 +209,5 @@ def test_a_config_is_frozen() -> None:
 def test_the_reference_in_the_docs_names_every_key() -> None:
     text = (Path(__file__).parents[1] / "docs" / "config.md").read_text()
     keys = yaml.safe_load(dump_config(load_config("digits")))
-    missing = [f"{s}.{k}" for s, section in keys.items() for k in section if f"`{s}.{k}`" not in text]
+    missing = [f"{s}.{k}" for s, section in keys.items() if section for k in section if f"`{s}.{k}`" not in text]
     assert not missing

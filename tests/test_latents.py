@@ -5,8 +5,7 @@ import copy
 import pytest
 import torch
 
-from spikegen import latents
-from spikegen.latents import BernoulliSpec
+from spikegen.latents import BernoulliSpec, bernoulli
 from spikegen.neurons import LIFSpec
 from spikegen.spec import UserError
 
@@ -22,7 +21,7 @@ def _seed():
 def build(labels=0, **values):
     """A latent in evaluation mode whose norms are as lively as after training, in float64."""
     values = {"size": SIZE, "candidates": K, "label_size": 3, **values}
-    latent = BernoulliSpec(**values).build(FEATURES, LIFSpec(), "auto", labels).double()
+    latent = BernoulliSpec(**values).build((FEATURES, 1, 1), LIFSpec(), "auto", labels).double()
     with torch.no_grad():
         for stage in latent.modules():
             if hasattr(stage, "running_var"):
@@ -146,7 +145,7 @@ def test_images_do_not_see_each_other():
 
 @pytest.mark.parametrize("candidates", [1, 3, 20])
 def test_every_candidate_is_picked_equally_often(candidates):
-    latent = BernoulliSpec(size=2, candidates=candidates).build(FEATURES, LIFSpec(), "auto", 0)
+    latent = BernoulliSpec(size=2, candidates=candidates).build((FEATURES, 1, 1), LIFSpec(), "auto", 0)
     draws = 20_000
     uniform = torch.rand(draws, 2)
     which = torch.arange(candidates).repeat(2) + torch.tensor([0, 100]).repeat_interleave(candidates)
@@ -176,9 +175,9 @@ def test_the_drawn_bits_mean_is_the_rate(training):
 def scheduled(latent, spikes, **values):
     """What the prior was fed, beside z_{t-1}."""
     fed = []
-    network = latents._network
+    network = bernoulli._network
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(latents, "_network", lambda stages, x: fed.append(x) or network(stages, x))
+        patch.setattr(bernoulli, "_network", lambda stages, x: fed.append(x) or network(stages, x))
         latent.predict(spikes, **values)
     return fed[0], torch.cat([torch.zeros_like(spikes[:1]), spikes[:-1]])
 
@@ -275,7 +274,7 @@ def test_training_draws_with_the_same_numbers_as_its_rate():
 
 @pytest.mark.parametrize(("size", "k", "labels"), [(128, 20, 0), (4, 3, 7)])
 def test_the_networks_widths_are_fsvaes(size, k, labels):
-    latent = BernoulliSpec(size=size, candidates=k, label_size=6).build(10, LIFSpec(), "auto", labels)
+    latent = BernoulliSpec(size=size, candidates=k, label_size=6).build((10, 1, 1), LIFSpec(), "auto", labels)
     widths = [(s.layer.in_features, s.layer.out_features) for s in latent.posterior]
     assert widths == [(2 * size, 2 * size), (2 * size, 4 * size), (4 * size, k * size)]
     widths = [(s.layer.in_features, s.layer.out_features) for s in latent.prior]

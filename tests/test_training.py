@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+import spikegen.loop as loop
 import spikegen.training as training
 from spikegen import UserError, train
 from spikegen.runs import Run
@@ -50,7 +51,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(
     train(config, tmp_path / "whole", device="cpu")
     with monkeypatch.context() as patch:
         interrupt_at(patch, step, signum)
-        with pytest.raises(training.Interrupted, match="--resume"):
+        with pytest.raises(loop.Interrupted, match="--resume"):
             train(config, tmp_path / "parts", device="cpu")
     torch.manual_seed(123)  # whatever the process drew in between
     train(config, tmp_path / "parts", resume=True, device="cpu")
@@ -68,7 +69,7 @@ def test_a_resumed_run_writes_each_metrics_row_once(tmp_path: Path, monkeypatch:
     config = tiny_config()
     with monkeypatch.context() as patch:
         interrupt_at(patch, 9, signal.SIGTERM)
-        with pytest.raises(training.Interrupted):
+        with pytest.raises(loop.Interrupted):
             train(config, tmp_path / "run", device="cpu")
     checkpoint = sorted((tmp_path / "run" / "checkpoints").iterdir())[-1]
     checkpoint.unlink()  # as if the machine had died after the rows, before this checkpoint
@@ -134,7 +135,7 @@ def test_the_saved_weights_are_the_moving_average(tmp_path: Path) -> None:
 
 def test_the_moving_average_is_the_recursion() -> None:
     values = torch.rand(30, 3)
-    update, mean = training._average(0.8), values[0].clone()
+    update, mean = loop._average(0.8), values[0].clone()
     expected = values[0].clone()
     for count, value in enumerate(values[1:], start=1):
         update([mean], [value], torch.tensor(count))
@@ -145,19 +146,19 @@ def test_the_moving_average_is_the_recursion() -> None:
 
 def test_the_learning_rate_warms_up_and_falls_to_nothing() -> None:
     settings = tiny_config(training__warmup=0.1).training
-    factors = [training._lr_factor(settings, p / 1000) for p in range(1001)]
+    factors = [loop.lr_factor(settings, p / 1000) for p in range(1001)]
     assert factors[0] < 0.02
     assert max(factors) == pytest.approx(1.0, abs=1e-3)
     assert factors.index(max(factors)) == 100
     assert factors[-1] == pytest.approx(0.0, abs=1e-6)
     assert all(a >= b for a, b in itertools.pairwise(factors[100:]))
     constant = tiny_config(training__warmup=0, training__schedule="constant").training
-    assert {training._lr_factor(constant, p / 10) for p in range(11)} == {1.0}
+    assert {loop.lr_factor(constant, p / 10) for p in range(11)} == {1.0}
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_checkpoint(tmp_path: Path) -> None:
     config = tiny_config(training__lr=1e30, training__schedule="constant", training__warmup=0.0, training__clip=None)
-    with pytest.raises(training.Diverged, match=r"step \d+.*checkpoint"):
+    with pytest.raises(loop.Diverged, match=r"step \d+.*checkpoint"):
         train(config, tmp_path / "run", device="cpu")
     assert Run(tmp_path / "run").config() == config
     assert not (tmp_path / "run" / "model").exists()
@@ -172,7 +173,7 @@ def test_a_checkpoint_survives_a_loss_that_is_no_number(tmp_path: Path, monkeypa
         return parts | {"loss/recon": parts["loss/recon"] * float("nan")} if len(calls) == 9 else parts
 
     monkeypatch.setattr(training, "loss_parts", loss_parts)
-    with pytest.raises(training.Diverged, match="step 8"):
+    with pytest.raises(loop.Diverged, match="step 8"):
         train(tiny_config(), tmp_path / "run", device="cpu")
     state = Run(tmp_path / "run").load_checkpoint(torch.device("cpu"))
     assert state["images_seen"] == 96
@@ -258,8 +259,8 @@ def test_the_processes_share_a_batch_out_among_them() -> None:
     config = tiny_config(data__flip=True)
     data = config.data.load("train")
     cpu = torch.device("cpu")
-    whole, labels = training._batch(data, config, 48, cpu, slice(0, 16))
-    parts = [training._batch(data, config, 48, cpu, slice(k, k + 4)) for k in range(0, 16, 4)]
+    whole, labels = loop.training_batch(data, config, 48, 16, cpu, slice(0, 16))
+    parts = [loop.training_batch(data, config, 48, 16, cpu, slice(k, k + 4)) for k in range(0, 16, 4)]
     assert torch.equal(torch.cat([images for images, _ in parts]), whole)
     assert torch.equal(torch.cat([found for _, found in parts]), labels)  # type: ignore[list-item, arg-type]
 

@@ -1,7 +1,7 @@
-"""Posteriors and priors over spikes: the autoregressive Bernoulli latent of FSVAE (arXiv 2110.00375)."""
+"""The autoregressive Bernoulli latent of FSVAE (arXiv 2110.00375): q(z_t | x_<=t, z_<t) and p(z_t | z_<t)."""
 
 import itertools
-from dataclasses import dataclass
+import math
 from typing import Annotated, Literal
 
 import torch
@@ -10,26 +10,12 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from spikegen.kernels import Engine
-from spikegen.neurons import LIFSpec
+from spikegen.latents.distributions import Posterior, Prior
+from spikegen.neurons import NeuronSpec
 from spikegen.spec import Spec, UserError
 from spikegen.stages import Stage, Stepper, ThresholdNorm, dense_stage, fold_time
 
 Chance = Annotated[float, Field(ge=0, le=1)]
-
-
-@dataclass(frozen=True)
-class Posterior:
-    """z ~ q(z_t | x_<=t, z_<t) and each bit's probability of firing under q."""
-
-    spikes: Float[Tensor, "T B D"]
-    rate: Float[Tensor, "T B D"]
-
-
-@dataclass(frozen=True)
-class Prior:
-    """Each bit's probability of firing under p(z_t | z_<t)."""
-
-    rate: Float[Tensor, "T B D"]
 
 
 class BernoulliSpec(Spec):
@@ -49,18 +35,18 @@ class BernoulliSpec(Spec):
     shortcut: bool = False
     label_size: int = Field(32, ge=1, le=2**16)
 
-    def build(self, features: int, neuron: LIFSpec, engine: Engine, num_labels: int) -> "Bernoulli":
-        """The latent for `features` encoder neurons; `num_labels` > 0 makes the prior conditional."""
-        return Bernoulli(self, features, neuron, engine, num_labels)
+    def build(self, shape: tuple[int, int, int], neuron: NeuronSpec, engine: Engine, num_labels: int) -> "Bernoulli":
+        """The latent for encoder features of `shape`; `num_labels` > 0 makes the prior conditional."""
+        return Bernoulli(self, math.prod(shape), neuron, engine, num_labels)
 
 
 class Bernoulli(nn.Module):
     """See BernoulliSpec. Networks as in FSVAE: 2D -> 2D -> 4D -> kD for q, D -> 2D -> 4D -> kD for p."""
 
-    def __init__(self, spec: BernoulliSpec, features: int, neuron: LIFSpec, engine: Engine, num_labels: int):
+    def __init__(self, spec: BernoulliSpec, features: int, neuron: NeuronSpec, engine: Engine, num_labels: int):
         super().__init__()
-        self.spec, self.neuron_spec, self.engine = spec, neuron, engine
         size, k = spec.size, spec.candidates
+        self.spec, self.size, self.shape = spec, size, (size,)
         self.project = dense_stage(features, size, neuron, engine)
         self.label = nn.Embedding(num_labels, spec.label_size) if num_labels else None
 
@@ -76,16 +62,17 @@ class Bernoulli(nn.Module):
         )
         self.prior = network(size + (spec.label_size if num_labels else 0))
 
-    def expand_stage(self, features: int) -> Stage:
-        """The decoder's first stage: from the bits back to `features` neurons."""
-        return dense_stage(self.spec.size, features, self.neuron_spec, self.engine)
+    def expand_stage(self, shape: tuple[int, int, int], neuron: NeuronSpec, engine: Engine) -> Stage:
+        """The decoder's first stage: from the bits back to the features."""
+        return dense_stage(self.size, math.prod(shape), neuron, engine)
 
     def noise_shape(self, num_steps: int) -> tuple[int, int]:
         """The shape, for one image, of the uniform numbers that `infer` and `sample` draw bits with."""
         return num_steps, self.spec.size
 
-    def infer(self, features: Float[Tensor, "T B F"], uniform: Float[Tensor, "T B D"]) -> Posterior:
+    def infer(self, features: Float[Tensor, "T B *chw"], uniform: Float[Tensor, "T B D"]) -> Posterior:
         """Draw z from the encoder's spikes."""
+        features = features.flatten(2)
         encoded, _ = self.project(features)
         direct = self._direct(features)
         spikes, rate = self._draw_posterior(encoded, direct, uniform)

@@ -1,0 +1,35 @@
+"""Posteriors and priors over the spikes between encoder and decoder: one file a latent.
+
+A latent is built for the encoder's features [C, H, W] and has
+`infer(features, uniform)` the posterior's draw; `predict(spikes, label, progress)` the prior's view of it;
+`sample(uniform, label)` a draw from the prior; `noise_shape(T)` what uniform numbers an image's draws take;
+`expand_stage(...)` the decoder's first stage, from spikes of `shape`; `size` numbers a step.
+"""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from spikegen.latents.bernoulli import Bernoulli, BernoulliSpec
+from spikegen.latents.distributions import GaussianPosterior, Posterior, Prior
+from spikegen.latents.gaussian import Gaussian, GaussianSpec
+from spikegen.latents.poisson import Poisson, PoissonSpec
+from spikegen.latents.spatial import Spatial, SpatialSpec
+from spikegen.spec import default_kind
+
+LatentSpec = BernoulliSpec | PoissonSpec | GaussianSpec | SpatialSpec
+Latent = Annotated[Annotated[LatentSpec, Field(discriminator="kind")], default_kind("bernoulli")]
+LatentModule = Bernoulli | Poisson | Gaussian | Spatial
+
+__all__ = [
+    "BernoulliSpec",
+    "GaussianPosterior",
+    "GaussianSpec",
+    "Latent",
+    "LatentModule",
+    "LatentSpec",
+    "PoissonSpec",
+    "Posterior",
+    "Prior",
+    "SpatialSpec",
+]

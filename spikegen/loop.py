@@ -1,0 +1,279 @@
+"""The training loop: one phase of a run, whatever it trains; its clock is images seen."""
+
+import hashlib
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.tensorboard import SummaryWriter
+
+from spikegen.config import Config, LoopConfig
+from spikegen.data import ImageSet, batch_indices, flip_mask, to_model, to_uint8
+from spikegen.objective import total_loss
+from spikegen.plots import save_grid
+from spikegen.progress import progress_bar
+from spikegen.runs import Run
+from spikegen.spec import UserError
+from spikegen.stopping import Interrupted, stop_signals
+from spikegen.vae import SpikingVAE
+
+Parts = dict[str, Tensor]
+State = dict[str, Any]
+
+
+class Diverged(Exception):
+    """The loss or the gradient is no longer a number; the last checkpoint is kept."""
+
+
+@dataclass(frozen=True)
+class Session:
+    """What the phases of a run share."""
+
+    run: Run
+    config: Config
+    accelerator: Accelerator
+    train_set: ImageSet
+    test_set: ImageSet
+    engine: str
+    writer: SummaryWriter | None
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What one phase trains: `module`, whose average is part of `product`, the model that is saved and sampled."""
+
+    number: int
+    settings: LoopConfig
+    images: int
+    """In the training set."""
+    first: int
+    """Images seen in the phases before."""
+    module: nn.Module
+    average: AveragedModel
+    product: SpikingVAE
+    loss: Callable[[nn.Module, Tensor, Tensor | None, float], Parts]
+    """Of (the module as prepared for these processes, images, labels, progress): terms as `loss_parts` gives them."""
+    evaluate: Callable[[], dict[str, float]]
+    kept: Callable[[], State] = field(default=dict)
+    """What of the phases before a checkpoint has to hold."""
+
+    @property
+    def steps(self) -> int:
+        """From the beginning to the end."""
+        return math.ceil(self.settings.epochs * self.images / self.settings.batch_size)
+
+    @property
+    def last(self) -> int:
+        """Images seen when it ends."""
+        return self.first + self.steps * self.settings.batch_size
+
+
+def average_of(module: nn.Module, decay: float) -> AveragedModel:
+    """The exponential moving average that is saved; buffers too."""
+    return AveragedModel(module, multi_avg_fn=_average(decay), use_buffers=True)
+
+
+def run_phase(session: Session, phase: Phase, state: State | None) -> None:
+    """Train to the end of the phase, from its beginning or from a checkpoint's `state`."""
+    run, config, accelerator = session.run, session.config, session.accelerator
+    settings, every, total = phase.settings, session.config.training, phase.steps
+    rank, ranks, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+    optimizer = _optimizer(phase)
+    step, meter = 0, _Meter()
+    if state is not None:
+        step = _restore(state, phase, optimizer, meter, run)
+    wrapped, optimizer = accelerator.prepare(phase.module, optimizer)
+
+    def save(step: int) -> None:
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            seen = phase.first + step * settings.batch_size
+            state: State = {"phase": phase.number, "step": step, "images_seen": seen}
+            state |= {"sums": meter.sums, "sums_steps": meter.steps} | phase.kept()
+            parts = {"model": phase.module, "average": phase.average, "optimizer": optimizer}
+            run.save_checkpoint(state | {k: v.state_dict() for k, v in parts.items()}, every.keep_checkpoints)
+            phase.product.save(run.model)
+
+    def log(row: dict[str, Any]) -> None:
+        if accelerator.is_main_process:
+            run.log(row)
+            for key, value in row.items():
+                if session.writer and isinstance(value, float):
+                    session.writer.add_scalar(key, value, row["images_seen"])
+
+    share = settings.batch_size // ranks
+    with progress_bar(accelerator.is_main_process) as bar, stop_signals() as stop:
+        name = ("training", "training the prior")[phase.number]
+        task = bar.add_task(name, total=total * settings.batch_size, completed=step * settings.batch_size, info="")
+        wrapped.train()
+        while step < total:
+            seen, progress = step * settings.batch_size, step / total
+            # All randomness of a step is a function of (seed, phase, step, process): a resumed run draws the same.
+            torch.manual_seed(_key(every.seed, *((phase.number,) if phase.number else ()), step, rank))
+            part = slice(rank * share, (rank + 1) * share)
+            image, label = training_batch(session.train_set, config, seen, settings.batch_size, device, part)
+            for group in optimizer.param_groups:
+                group["lr"] = settings.lr * group["factor"] * lr_factor(settings, progress)
+            with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+                parts = phase.loss(wrapped, image, label, progress)
+            loss = total_loss(parts)
+            accelerator.backward(loss)
+            norm = nn.utils.clip_grad_norm_(wrapped.parameters(), settings.clip or math.inf)
+            _require_finite(loss, norm, step, parts, run)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            phase.average.update_parameters(phase.module)
+            step += 1
+            meter.add(parts | {"loss": loss.detach()}, settings.batch_size)
+
+            # ---- now and then
+            now = step * settings.batch_size
+            clock = phase.first + now
+            if _crossed(seen, now, every.log_every) or step == total:
+                lr = optimizer.param_groups[0]["lr"]
+                row = meter.row(accelerator, clock, clock / len(session.train_set), lr)
+                log(row | {"engine": session.engine})
+                bar.update(task, info=_info(row))
+            bar.update(task, completed=now)
+            due = _crossed(seen, now, every.checkpoint_every) or step == total
+            stopping, pause = _anywhere(accelerator, stop.is_set()), time.perf_counter()
+            if due and accelerator.is_main_process:
+                log({"images_seen": clock, **phase.evaluate()})
+                save_grid(to_uint8(phase.product.sample(64)), run.samples / f"{clock:012d}.png")
+            if due or stopping:
+                save(step)
+            if stopping and step < total:
+                raise Interrupted(f"stopped after {clock} images; go on with --resume")
+            meter.start += time.perf_counter() - pause
+    accelerator.wait_for_everyone()
+
+
+# ---- parts of the loop -----------------------------------------------------------------------------------------------
+
+
+def _optimizer(phase: Phase) -> torch.optim.Optimizer:
+    """AdamW; a latent's own prior may learn at another rate (ESVAE's at ten times the others')."""
+    factor = getattr(phase.settings, "prior_lr", 1.0)
+    own: list[nn.Parameter] = []
+    if factor != 1 and isinstance(phase.module, SpikingVAE) and isinstance(phase.module.latent.prior, nn.Module):
+        own = list(phase.module.latent.prior.parameters())
+    ids = {id(p) for p in own}
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in phase.module.parameters() if id(p) not in ids], "factor": 1.0},
+        *([{"params": own, "factor": factor}] if own else []),
+    ]
+    settings = phase.settings
+    return torch.optim.AdamW(
+        groups, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
+    )
+
+
+def _restore(state: State, phase: Phase, optimizer: torch.optim.Optimizer, meter: "_Meter", run: Run) -> int:
+    """Load a checkpoint of this phase; the step it was made after."""
+    try:
+        for name, part in (("model", phase.module), ("average", phase.average), ("optimizer", optimizer)):
+            part.load_state_dict(state[name])
+        meter.resume(state["sums"], state["sums_steps"])
+        return int(state["step"])
+    except (LookupError, TypeError, ValueError, RuntimeError):
+        raise foreign_checkpoint(run) from None
+
+
+def foreign_checkpoint(run: Run) -> UserError:
+    """The newest checkpoint is of something else."""
+    foreign = f"the newest checkpoint in {run.checkpoints} is not one of this run and this version of spikegen"
+    return UserError(f"{foreign}; delete it to resume from the one before, or train anew")
+
+
+class _Meter:
+    """Sums on the device between two log rows, read once a row; saving and sampling do not count as time."""
+
+    def __init__(self) -> None:
+        self.resume({}, 0)
+
+    def resume(self, sums: dict[str, Tensor], steps: int) -> None:
+        self.sums, self.steps, self.images, self.start = sums, steps, 0, time.perf_counter()
+
+    def add(self, parts: dict[str, Tensor], images: int) -> None:
+        for key, value in parts.items():
+            if not key.startswith("loss/"):
+                self.sums[key] = self.sums.get(key, torch.zeros_like(value)) + value.detach()
+        self.steps, self.images = self.steps + 1, self.images + images
+
+    def row(self, accelerator: Accelerator, images_seen: int, epoch: float, lr: float) -> dict[str, Any]:
+        """The means since the last row, over all processes; the next row starts."""
+        means = {k: accelerator.reduce(v, "mean").item() / self.steps for k, v in self.sums.items()}
+        speed = self.images / (time.perf_counter() - self.start)
+        self.resume({}, 0)
+        return {"images_seen": images_seen, "epoch": round(epoch, 4), **means, "lr": lr, "images_per_second": speed}
+
+
+def _info(row: dict[str, Any]) -> str:
+    """What the progress bar says of a row."""
+    shown = [f"{key} {row[key]:.4f}" for key in ("loss", "recon", "accuracy") if key in row]
+    return "  ".join([*shown, f"{row['images_per_second']:.0f}/s"])
+
+
+def training_batch(
+    data: ImageSet, config: Config, seen: int, batch_size: int, device: torch.device, part: slice
+) -> tuple[Tensor, Tensor | None]:
+    """This process's part of the batch that starts after `seen` images: images in [-1, 1] and labels."""
+    seed = config.training.seed
+    index = batch_indices(seed, seen, batch_size, len(data))[part]
+    index = index.to(data.images.device)
+    images = to_model(data.images[index].to(device, non_blocking=True))
+    if config.data.flip:
+        mask = flip_mask(seed, seen, batch_size)[part].to(device)
+        images = torch.where(mask.view(-1, 1, 1, 1), images.flip(-1), images)
+    return images, None if data.labels is None else data.labels[index].to(device)
+
+
+def _anywhere(accelerator: Accelerator, flag: bool) -> bool:
+    """Whether any process has the flag: all must stop after the same step."""
+    if accelerator.num_processes == 1:
+        return flag
+    flags = torch.tensor(float(flag), device=accelerator.device)
+    return bool(accelerator.reduce(flags, "sum") > 0)
+
+
+def lr_factor(settings: LoopConfig, progress: float) -> float:
+    """Linear warm-up, then a constant or the falling half of a cosine."""
+    if progress < settings.warmup:
+        return (progress + 1e-3) / (settings.warmup + 1e-3)
+    if settings.schedule == "constant":
+        return 1.0
+    return 0.5 * (1 + math.cos(math.pi * (progress - settings.warmup) / (1 - settings.warmup)))
+
+
+def _average(decay: float) -> Any:
+    """The exponential moving average, its memory shorter at the start so that short runs forget their first steps."""
+
+    def update(averaged: list[Tensor], current: list[Tensor], count: Tensor | int) -> None:
+        warm = min(decay, (1 + int(count)) / (10 + int(count)))
+        torch._foreach_lerp_(averaged, current, 1 - warm)
+
+    return update
+
+
+def _key(*numbers: int) -> int:
+    """A 32-bit seed from several numbers, which torch's CPU generator takes whole."""
+    return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=4).digest(), "big")
+
+
+def _crossed(before: int, now: int, every: int) -> bool:
+    return before // every != now // every
+
+
+def _require_finite(loss: Tensor, norm: Tensor, step: int, parts: Parts, run: Run) -> None:
+    if not torch.isfinite(loss + norm):
+        numbers = ", ".join(f"{k} {v.item():.4g}" for k, v in parts.items())
+        raise Diverged(
+            f"loss {loss.item()} and gradient norm {norm.item()} at step {step} ({numbers}); the last good checkpoint "
+            f"is kept in {run.checkpoints}: lower training.lr or training.clip and train anew"
+        )
