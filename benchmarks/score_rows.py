@@ -11,10 +11,10 @@ from benchmarks.model_rows import build, fsvae, training_step
 from benchmarks.table import Line, line
 from benchmarks.timing import Setting, race
 from spikegen.extractors import Extractor, load_extractor
+from spikegen.features import extract
 from spikegen.images import ImageSet
 from spikegen.metrics import frechet_distance, statistics_of
 from spikegen.references import BATCH
-from spikegen.scoring import extract
 from spikegen.training import _batch
 
 

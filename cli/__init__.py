@@ -11,6 +11,7 @@ COMMANDS = {
     "sample": "Draw images from a trained model.",
     "reconstruct": "Pass test images through a trained model and back.",
     "score": "Compute FID, IS and other scores of a model or a folder.",
+    "plot": "Draw curves, spikes, attention and more of a run.",
     "profile": "Count parameters, operations, spikes and energy an image.",
     "configs": "List the presets.",
 }

@@ -10,9 +10,11 @@ from spikegen.cli import device
 @click.command()
 @click.argument("source")
 @click.option("--reference", help="NAME or NAME:train of a data set, or a folder.  [default: the run's test split]")
-@click.option("--metrics", help="Comma-separated: fid,fid_floor,is,kid,mse,accuracy.  [default: the run's]")
+@click.option("--metrics", help="Comma-separated, such as fid,recall,mse; see docs/config.md.  [default: the run's]")
 @click.option("--num", type=click.IntRange(min=2), help="How many images to generate.  [default: the run's]")
-@click.option("--extractor", help="cnn, inception or inception:PATH.  [default: the run's]")
+@click.option("--extractor", help="cnn, inception, inception:PATH or autoencoder:PATH.  [default: the run's]")
+@click.option("--protocol", help="fsvae: 5,120 images, FAD and reconstruction, as FSVAE and ESVAE score.")
+@click.option("--statistics", type=click.Path(path_type=Path), help="An .npz file of real features, as published.")
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
@@ -21,7 +23,7 @@ from spikegen.cli import device
 @device
 def command(
     source: str, reference: str | None, metrics: str | None, num: int | None, extractor: str | None,
-    out: Path | None, device: str,
+    protocol: str | None, statistics: Path | None, out: Path | None, device: str,
 ) -> None:  # fmt: skip
     """Score SOURCE, a run, a saved model or a folder of images, against real images."""
     from spikegen.runs import scores_path
@@ -32,6 +34,6 @@ def command(
     path = out or scores_path(source)
     require_json(path)
     names = tuple(metrics.split(",")) if metrics else None
-    result = score(source, reference, names, num, extractor, device)
+    result = score(source, reference, names, num, extractor, device, protocol, statistics)
     write_json(path, result.to_json())
     click.echo(f"{result.table()}\n{path}")

@@ -21,12 +21,21 @@ PRIOR_LOSSES = {"bernoulli": ("mmd", "kl"), "poisson": ("rbf",), "gaussian": ("k
 """What a latent's posterior and prior can be compared by."""
 
 
+MetricName = Literal[
+    "fid", "fid_floor", "fad", "fad_floor", "is", "kid", "precision", "recall", "density", "coverage", "novelty",
+    "agreement", "class_diversity", "mse", "psnr", "ssim", "accuracy",
+]  # fmt: skip
+
+
 class LossesConfig(Spec):
     """The weights of the loss: reconstruction (1) + prior + classification + firing rate."""
 
     prior: Literal["mmd", "kl", "rbf"] = "mmd"
     """`mmd` and `kl` for a bernoulli latent, `rbf` for a poisson, `kl` for a gaussian or a spatial one."""
     prior_weight: float = Field(1.0, ge=0)
+    certainty: float = Field(0.0, ge=0)
+    """Weight of the posterior's entropy: bits that the decoder has no use for then become certain, and a learnt prior
+    has less to learn."""
     psp_tau: float = Field(2.0, ge=1)
     """Time constant of the post-synaptic potentials that `mmd` compares, in steps."""
     classification: Annotated[float, Field(gt=0)] | None = 0.1
@@ -79,9 +88,14 @@ class ScoringConfig(Spec):
     """How it is scored; `extractor` null is `cnn` where the package ships one for the data, else `inception`."""
 
     extractor: str | None = None
-    metrics: tuple[Literal["fid", "fid_floor", "is", "kid", "mse", "accuracy"], ...] = Field(
-        ("fid", "fid_floor", "is", "mse", "accuracy"), min_length=1
+    metrics: tuple[MetricName, ...] = Field(
+        (
+            *("fid", "fid_floor", "fad", "fad_floor", "is", "precision", "recall", "density", "coverage"),
+            *("agreement", "class_diversity", "mse", "psnr", "ssim", "accuracy"),
+        ),
+        min_length=1,
     )
+    """Those that the model, the reference or the extractor cannot have are left out."""
     num: int = Field(5_000, ge=2)
     seed: int = Field(0, ge=0, lt=2**63)
     batch_size: int = Field(250, ge=1)

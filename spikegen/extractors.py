@@ -39,15 +39,25 @@ class Features:
 class Extractor(nn.Module):
     """A fixed feature network, in eval mode, without gradients; subclasses are final."""
 
-    def __init__(self, name: str, dim: int, resizing: str, antialias: bool):
+    frechet_name = "fid"
+    """What the Frechet distance of its features is called."""
+
+    def __init__(self, name: str, dim: int, resizing: str, antialias: bool, classes: int | None = None):
         super().__init__()
         self.name, self.dim = name, dim
+        self.classes = classes
+        """How many classes of the data it tells apart, where it was trained on them."""
         self.resizing, self.antialias = resizing, antialias
         self.weights_sha256 = ""
 
     def forward(self, images: UInt8[Tensor, "N 3 H W"]) -> Features:
         """Features (and logits) of uint8 images of any one size."""
         raise NotImplementedError
+
+    @property
+    def has_logits(self) -> bool:
+        """Whether `forward` gives them."""
+        return self.classes is not None
 
     def settings(self) -> dict[str, str | int | bool]:
         """What has to agree before two scores compare: name, weights' hash, resize, antialias, dim."""
@@ -125,7 +135,7 @@ class CNNExtractor(Extractor):
     """`SmallCNN` on images made grey and resized to the size it was trained at."""
 
     def __init__(self, network: SmallCNN, size: int):
-        super().__init__("cnn", network.widths[-1], f"bilinear to {size}", antialias=True)
+        super().__init__("cnn", network.widths[-1], f"bilinear to {size}", antialias=True, classes=10)
         self.network, self.size = network.to(memory_format=torch.channels_last), size
 
     def forward(self, images: UInt8[Tensor, "N 3 H W"]) -> Features:
@@ -158,6 +168,8 @@ def _load_cnn(data: str) -> CNNExtractor:
 
 class InceptionExtractor(Extractor):
     """torch-fidelity's FID Inception, which resizes as TensorFlow 1 did; its logits leave out the bias."""
+
+    has_logits = True  # of ImageNet's classes, which are not the data's
 
     def __init__(self, network: FeatureExtractorInceptionV3):
         super().__init__("inception", 2048, "bilinear to 299 as TensorFlow 1", antialias=False)
@@ -216,6 +228,8 @@ class AutoencoderExtractor(Extractor):
     Convolutions 3x3 /2 with BatchNorm and LeakyReLU, and a linear layer to the features; images in [-1, 1] at exactly
     the size it was made for, grey or RGB as its first convolution says.
     """
+
+    frechet_name = "fad"
 
     def __init__(self, state: dict[str, Tensor]):
         levels = sum(key.startswith("encoder.") and key.endswith(".0.weight") for key in state)

@@ -42,6 +42,15 @@ def kl(posterior: Posterior, prior: Prior, floor: float = 1e-2) -> Float[Tensor,
     return (q * (q / p).log() + (1 - q) * ((1 - q) / (1 - p)).log()).mean()
 
 
+def entropy(posterior: Posterior, floor: float = 1e-6) -> Float[Tensor, ""]:
+    """Entropy of each Bernoulli bit under q in nats, as the mean over t, batch and bits.
+
+    `floor` keeps its gradient finite where a bit is certain.
+    """
+    q = posterior.rate.float().clamp(floor, 1 - floor)
+    return (torch.special.entr(q) + torch.special.entr(1 - q)).mean()
+
+
 def rbf_mmd(posterior: Posterior, prior: Prior) -> Float[Tensor, ""]:
     """ESVAE's MMD^2 between the batch's firing rates under q and p, in a sum of five Gaussian kernels.
 

@@ -12,8 +12,9 @@ from math import inf, isfinite
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float64, Int64, UInt8
+from jaxtyping import Float, Float64, Int64, Shaped, UInt8
 from torch import Tensor, nn
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import KernelInceptionDistance
@@ -153,11 +154,59 @@ def _cubic_kernel(x: Float64[Tensor, "N d"], y: Float64[Tensor, "M d"]) -> Float
 
 def reconstruction_mse(reconstruct: Network, images: UInt8[Tensor, "N C H W"], batch_size: int = 250) -> Interval:
     """Mean squared error of reconstructions of images in [-1, 1]; the interval is 1.96 standard errors."""
-    errors = []
+    return reconstruction(reconstruct, images, batch_size, ("mse",))["mse"]
+
+
+RECONSTRUCTION = ("mse", "psnr", "ssim")
+
+
+def reconstruction(
+    reconstruct: Network,
+    images: UInt8[Tensor, "N C H W"],
+    batch_size: int = 250,
+    metrics: tuple[str, ...] = RECONSTRUCTION,
+) -> dict[str, Interval]:
+    """How near reconstructions come, image by image; the intervals are 1.96 standard errors.
+
+    `mse` on [-1, 1]; `psnr` in dB; `ssim` with the usual 11x11 Gaussian window.
+    """
+    each: dict[str, list[Tensor]] = {metric: [] for metric in metrics}
     for k, batch in enumerate(map(to_model, images.cpu().split(batch_size))):
-        errors.append((reconstruct(batch, k * batch_size).cpu().double() - batch).square().flatten(1).mean(1))
-    each = torch.cat(errors)
-    return _interval(each.mean().item(), _standard_error(each), least=0.0)
+        copy = reconstruct(batch, k * batch_size).cpu().double()
+        for metric in metrics:
+            each[metric].append(_RECONSTRUCTION[metric](copy, batch.double()))
+    least = {"mse": 0.0, "psnr": -inf, "ssim": -1.0}
+    return {m: mean_interval(torch.cat(parts), least=least[m]) for m, parts in each.items()}
+
+
+_RECONSTRUCTION: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "mse": lambda x, y: (x - y).square().flatten(1).mean(1),
+    # an image copied exactly has no noise at all: 100 dB stand for it
+    "psnr": lambda x, y: peak_signal_noise_ratio(x, y, data_range=2.0, reduction="none", dim=(1, 2, 3)).clamp(max=100),
+    "ssim": lambda x, y: torch.as_tensor(
+        structural_similarity_index_measure(x, y, data_range=2.0, reduction="none")
+    ).reshape(-1),
+}
+
+
+def agreement(logits: Float[Tensor, "N k"], labels: Int64[Tensor, " N"]) -> Interval:
+    """The part of the conditional samples that a classifier gives the class that they were asked to be of."""
+    return mean_interval(logits.argmax(1).cpu() == labels.cpu(), most=1.0)
+
+
+def class_diversity(logits: Float[Tensor, "N k"], seed: int = 0) -> Interval:
+    """exp of the entropy of the classes that a classifier sees, over their number: 1 when all are equally frequent."""
+    classes = logits.argmax(1).cpu()
+    number = logits.shape[1]
+
+    def of(counts: Tensor) -> float:
+        p = counts.double() / counts.sum()
+        return torch.special.entr(p).sum().exp().item() / number
+
+    counted = torch.stack([torch.bincount(classes, w, minlength=number) for w in resamples(len(classes), seed)])
+    value = of(torch.bincount(classes, minlength=number))
+    found = _interval(value, torch.tensor([of(c) for c in counted]).std().item(), least=0.0)
+    return Interval(found.value, found.low, min(found.high, 1.0))
 
 
 def accuracy(
@@ -169,9 +218,15 @@ def accuracy(
             classify(to_model(x), k * batch_size).argmax(1).cpu() == y
             for k, (x, y) in enumerate(zip(images.cpu().split(batch_size), labels.cpu().split(batch_size), strict=True))
         ]
-    ).double()
-    found = _interval(right.mean().item(), _standard_error(right), least=0.0)
-    return Interval(found.value, found.low, min(found.high, 1.0))
+    )
+    return mean_interval(right, most=1.0)
+
+
+def mean_interval(each: Shaped[Tensor, " N"], least: float = 0.0, most: float = inf) -> Interval:
+    """The mean of what every image has; the interval is 1.96 standard errors, within [least, most]."""
+    each = each.double().cpu()
+    found = _interval(each.mean().item(), _standard_error(each), least)
+    return Interval(found.value, found.low, min(found.high, most))
 
 
 def _standard_error(x: Float64[Tensor, "N"]) -> float:

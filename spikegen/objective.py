@@ -6,7 +6,7 @@ from torch import Tensor
 
 from spikegen import losses
 from spikegen.config import LossesConfig
-from spikegen.latents import GaussianPosterior
+from spikegen.latents import GaussianPosterior, Posterior
 from spikegen.vae import VAEOutput
 
 
@@ -17,6 +17,9 @@ def loss_parts(
     recon = losses.reconstruction(output.image, image)
     prior = prior_term(output, spec)
     parts = {"loss/recon": recon, "recon": recon, "loss/prior": spec.prior_weight * prior, "prior": prior}
+    if spec.certainty and isinstance(output.posterior, Posterior):
+        entropy = losses.entropy(output.posterior)
+        parts |= {"loss/entropy": spec.certainty * entropy, "entropy": entropy}
     if output.logits is not None and label is not None and spec.classification is not None:
         entropy = losses.classification(output.logits, label)
         parts |= {"loss/classification": spec.classification * entropy, "classification": entropy}

@@ -30,12 +30,13 @@ class MembraneSpec(Spec):
 class TCJAReadoutSpec(Spec):
     """Every step's image gated by TCJA, then summed (the code that goes with the paper) or averaged (its text).
 
-    That code's kernels, 1 and 4, have TCJA's crossed names: 4 is along time, 1 along channels.
+    That code's kernels, 1 and 4, have TCJA's crossed names: 4 is along time, 1 along channels. A null kernel leaves
+    its branch out: TAID's readout, sigmoid(W z) with W mixing steps, is `kernel_t: null`, `kernel_c: 1`.
     """
 
     kind: Literal["tcja"] = "tcja"
-    kernel_t: int = Field(4, ge=1)
-    kernel_c: int = Field(1, ge=1)
+    kernel_t: Annotated[int, Field(ge=1)] | None = 4
+    kernel_c: Annotated[int, Field(ge=1)] | None = 1
     reduce: Literal["sum", "mean"] = "sum"
 
     def build(self, inputs: int, channels: int, num_steps: int) -> "TCJAReadout":

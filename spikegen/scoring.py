@@ -1,46 +1,53 @@
-"""Scores: FID, IS and KID of generated images against real ones, and the error of reconstructions.
+"""Scores: how near generated images are to real ones, how diverse, how well images are copied.
 
-Every image is uint8 here and passes the extractor once; `metrics` computes the rest from its features.
+Every image is uint8 here and passes the extractor once; `metrics` and `manifold` compute the rest from its features.
 """
 
-import contextlib
-import hashlib
+import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from spikegen.config import ScoringConfig
 from spikegen.data import default_root
 from spikegen.extractors import Extractor, Features, default_extractor, load_extractor, weights_hash
+from spikegen.features import extract, file_hash, published_statistics, real_statistics
+from spikegen.manifold import coverage, density, novelty, precision, recall
 from spikegen.metrics import (
+    RECONSTRUCTION,
     Interval,
     Network,
     Statistics,
     accuracy,
+    agreement,
+    class_diversity,
     frechet_distance,
     inception_score,
     inception_splits,
     kernel_distance,
-    reconstruction_mse,
-    statistics_of,
+    reconstruction,
 )
-from spikegen.progress import progress_bar
+from spikegen.protocols import PROTOCOLS, Protocol
 from spikegen.references import BATCH, Batches, Reference, floor_images, image_shape, load_reference, read_folder
 from spikegen.runs import generate, open_run, pick_device
 from spikegen.spec import UserError, suggest
-from spikegen.storage import replacing
 from spikegen.vae import SpikingVAE
 
 PACKAGES = ("torch", "torchmetrics", "torchvision", "torch-fidelity")
-METRICS = ("fid", "fid_floor", "is", "kid", "mse", "accuracy")
+FRECHET = ("fid", "fid_floor", "fad", "fad_floor")
+METRICS = (
+    *FRECHET, "is", "kid", "precision", "recall", "density", "coverage", "novelty", "agreement", "class_diversity",
+    *RECONSTRUCTION, "accuracy",
+)  # fmt: skip
+
+ENOUGH = {"is": 1000, "kid": 1000, "precision": 1000, "recall": 1000, "density": 1000, "coverage": 1000,
+          "novelty": 100, "agreement": 100, "class_diversity": 100}  # fmt: skip
+"""Generated images below which a metric says little; the Frechet distances need more than there are features."""
 
 
 class ScoreWarning(UserWarning):
@@ -60,7 +67,19 @@ class Score:
 
     def table(self) -> str:
         """One line a metric: name, value, interval."""
-        return "\n".join(f"{k:10} {v.value:10.4f}  [{v.low:.4f}, {v.high:.4f}]" for k, v in self.metrics.items())
+        return "\n".join(f"{k:15} {v.value:10.4f}  [{v.low:.4f}, {v.high:.4f}]" for k, v in self.metrics.items())
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a model offers beside generated images; a folder offers none of it."""
+
+    reconstruct: Network | None = None
+    classify: Network | None = None
+    labels: Tensor | None = None
+    """The class that each generated image was asked to be of."""
+    batch_size: int = 250
+    settings: dict[str, Any] | None = None
 
 
 # ---- the call ------------------------------------------------------------------------------------------
@@ -73,65 +92,91 @@ def score(
     num: int | None = None,
     extractor: str | None = None,
     device: str = "auto",
+    protocol: str | None = None,
+    statistics: str | Path | None = None,
 ) -> Score:
     """Score `source`, a run, a saved model or a folder of images, against `reference`.
 
     `reference` is a data set's name (its test split; NAME:train for the other) or a folder of images; by
     default what the run was trained on. What is None comes from the run's config. A folder scores all its
-    images, by fid and is.
+    images, by fid and is. `protocol` names a paper's way to score (`fsvae`), which fixes how many images, the
+    metrics and what extractor; `statistics` is an .npz file of the real images' features as its authors publish it.
     """
+    fixed = _protocol(protocol, extractor, num, metrics)
     given, device = Path(source), pick_device(device)
     if given.is_dir() and not any((given / name).exists() for name in ("config.yaml", "config.json")):
-        return _score_folder(given, reference, metrics or ("fid", "is"), num, extractor, device)
+        return _score_folder(given, reference, metrics, num, extractor, device, fixed, statistics)
     model, config = open_run(source, device)
     if reference is None and config is None:
         raise UserError(f"{source} names no data: give --reference, a data set's name or a folder")
     choice, data = (config.scoring, config.data) if config else (ScoringConfig(), None)
     real = load_reference(reference or (data.name if data else ""), model.image_shape, data)
     network = _load_network(extractor or choice.extractor, real, device)
-    return _score_model(model, real, network, metrics, num or choice.num, choice)
-
-
-def _score_model(
-    model: SpikingVAE,
-    real: Reference,
-    network: Extractor,
-    metrics: tuple[str, ...] | None,
-    num: int,
-    choice: ScoringConfig,
-) -> Score:
-    can_classify = model.head is not None and real.labels is not None and real.classes == model.classes
     other_shape = image_shape(real.images) != tuple(model.image_shape)
-    lacking = {"fid_floor": real.split != "test", "accuracy": not can_classify, "mse": other_shape}
-    seed = choice.seed
-    return score_sets(
-        generate(model, num, choice.seed),
-        real,
-        network,
-        metrics or tuple(metric for metric in choice.metrics if not lacking.get(metric)),
-        seed=choice.seed,
-        cache=_cache_folder(),
-        reconstruct=None if other_shape else lambda x, first: model.reconstruct(x.to(model.device), seed, first),
-        classify=(lambda x, first: model.classify(x.to(model.device), seed, first)) if can_classify else None,
+    chosen = metrics or (fixed.metrics if fixed else choice.metrics)
+    count = num or (fixed.num if fixed else choice.num)
+    offered = Source(
+        reconstruct=None if other_shape else lambda x, first: model.reconstruct(x.to(model.device), choice.seed, first),
+        classify=_classifier(model, real, choice.seed),
+        labels=model.sample_labels(count, seed=choice.seed) if real.classes == model.classes else None,
         batch_size=choice.batch_size,
-        source={"model_sha256": weights_hash(model.state_dict()), "num_steps": model.config.num_steps},
+        settings={"model_sha256": weights_hash(model.state_dict()), "num_steps": model.config.num_steps},
     )
+    if metrics is None:
+        chosen = tuple(m for m in chosen if not _lacking(m, real, network, offered))
+    images = generate(model, count, choice.seed)
+    return score_sets(
+        images, real, network, chosen, seed=choice.seed, cache=_cache_folder(), source=offered, protocol=fixed,
+        statistics=statistics,
+    )  # fmt: skip
+
+
+def _classifier(model: SpikingVAE, real: Reference, seed: int) -> Network | None:
+    if model.head is None or real.labels is None or real.classes != model.classes:
+        return None
+    return lambda x, first: model.classify(x.to(model.device), seed, first)
 
 
 def _score_folder(
     source: Path,
     reference: str | None,
-    metrics: tuple[str, ...],
+    metrics: tuple[str, ...] | None,
     num: int | None,
     extractor: str | None,
     device: str,
+    fixed: Protocol | None,
+    statistics: str | Path | None,
 ) -> Score:
     if reference is None:
         raise UserError(f"{source} is a folder of images: give --reference, a data set's name or a folder")
     images = read_folder(source, num)
     real = load_reference(reference, image_shape(images))
     network = _load_network(extractor, real, device)
-    return score_sets(images.split(BATCH), real, network, metrics, cache=_cache_folder())
+    chosen = metrics or tuple(m for m in (fixed.metrics if fixed else ("fid", "is")) if not _lacking(m, real, network))
+    if fixed and len(images) != fixed.num:
+        raise UserError(f"--protocol {fixed.name} takes {fixed.num} images; {source} has {len(images)}")
+    return score_sets(
+        images.split(BATCH), real, network, chosen, cache=_cache_folder(), protocol=fixed, statistics=statistics
+    )
+
+
+def _protocol(
+    name: str | None, extractor: str | None, num: int | None, metrics: tuple[str, ...] | None
+) -> Protocol | None:
+    """The protocol, after what is chosen beside it is found to agree."""
+    if name is None:
+        return None
+    if name not in PROTOCOLS:
+        raise UserError(f"protocol {name!r}: {suggest(name, list(PROTOCOLS))}")
+    fixed = PROTOCOLS[name]
+    kind = (extractor or "").partition(":")[0]
+    if kind != fixed.extractor:
+        raise UserError(f"--protocol {name} needs --extractor {fixed.extractor}:PATH, {fixed.hint}")
+    if num not in (None, fixed.num):
+        raise UserError(f"--protocol {name} takes {fixed.num} images, not {num}; leave --num out")
+    if metrics and (other := [m for m in metrics if m not in fixed.metrics]):
+        raise UserError(f"--protocol {name} has the metrics {', '.join(fixed.metrics)}, not {other[0]}")
+    return fixed
 
 
 def _load_network(name: str | None, real: Reference, device: str) -> Extractor:
@@ -150,73 +195,129 @@ def score_sets(
     *,
     seed: int = 0,
     cache: Path | None = None,
-    reconstruct: Network | None = None,
-    classify: Network | None = None,
-    batch_size: int = 250,
-    source: dict[str, Any] | None = None,
+    source: Source | None = None,
+    protocol: Protocol | None = None,
+    statistics: str | Path | None = None,
 ) -> Score:
-    """Score uint8 batches of generated images.
+    """Score uint8 batches of generated images; `source` is what else their model offers.
 
-    `cache` is a folder for the real images' statistics. `reconstruct` maps batches of `batch_size` images in
-    [-1, 1] to the same shape, `classify` to logits. UserError for an unknown metric, one that lacks its
-    input, or fewer than two images. ScoreWarning when a covariance has no more images than features.
+    `cache` is a folder for the real images' statistics, `statistics` a file that takes their place. UserError for
+    an unknown metric, one that lacks its input, or fewer than two images. ScoreWarning where a metric has fewer
+    images than it needs, or the generated ones are all the same.
     """
-    _check_metrics(metrics, reference, reconstruct, classify)
+    source = source or Source()
+    _check_metrics(metrics, reference, extractor, source)
+    if statistics is not None and not set(metrics) & set(FRECHET):
+        raise UserError(f"--statistics serves only {', '.join(FRECHET)}; leave it out")
+    real, labels = reference.images, reference.labels
+    held = published_statistics(Path(statistics), extractor.dim, len(real)) if statistics else None
     seen = extract(generated, extractor)
-    count, real, labels = len(seen.features), reference.images, reference.labels
+    count = len(seen.features)
     _check_counts(count, len(real), extractor.dim, metrics)
+    if bool((seen.features == seen.features[:1]).all()):
+        warnings.warn(f"all {count} generated images look the same to the extractor", ScoreWarning, stacklevel=2)
+    truth = functools.cache(lambda: extract(real.split(BATCH), extractor).features)
+    copies: dict[str, Interval] = {}
 
-    def distance(shown: Features) -> Interval:
-        return frechet_distance(shown.features, real_statistics(reference, extractor, cache), seed)
+    def real_side() -> Statistics:
+        return held or real_statistics(reference, extractor, cache)
+
+    def copied(metric: str) -> Interval:
+        if not copies:
+            assert source.reconstruct is not None
+            wanted = tuple(m for m in metrics if m in RECONSTRUCTION)
+            copies.update(reconstruction(source.reconstruct, real, source.batch_size, wanted))
+        return copies[metric]
 
     compute: dict[str, Callable[[], Interval]] = {
-        "fid": lambda: distance(seen),
-        "fid_floor": lambda: distance(_floor(reference, count, seed, extractor)),
-        "is": lambda: inception_score(_logits(seen, extractor), seed),
-        "kid": lambda: kernel_distance(seen.features, extract(real.split(BATCH), extractor).features, seed),
+        "fid": lambda: frechet_distance(seen.features, real_side(), seed),
+        "fid_floor": lambda: frechet_distance(_floor(reference, count, seed, extractor).features, real_side(), seed),
+        "is": lambda: inception_score(_logits(seen), seed),
+        "kid": lambda: kernel_distance(seen.features, truth(), seed),
+        "precision": lambda: precision(seen.features, truth()),
+        "recall": lambda: recall(seen.features, truth()),
+        "density": lambda: density(seen.features, truth()),
+        "coverage": lambda: coverage(seen.features, truth()),
+        "novelty": lambda: novelty(seen.features, truth(), _train_features(reference, extractor)),
+        "class_diversity": lambda: class_diversity(_logits(seen), seed),
+        **{m: functools.partial(copied, m) for m in RECONSTRUCTION},
     }
-    if reconstruct:
-        compute["mse"] = lambda: reconstruction_mse(reconstruct, real, batch_size)
-    if classify and labels is not None:
-        compute["accuracy"] = lambda: accuracy(classify, real, labels, batch_size)
-    settings = _settings(reference, extractor, count, seed) | {"batch_size": batch_size, **(source or {})}
+    compute |= {"fad": compute["fid"], "fad_floor": compute["fid_floor"]}
+    if source.labels is not None:
+        asked = source.labels
+        compute["agreement"] = lambda: agreement(_logits(seen), asked)
+    if source.classify is not None and labels is not None:
+        classify = source.classify
+        compute["accuracy"] = lambda: accuracy(classify, real, labels, source.batch_size)
+    settings = _settings(reference, extractor, count, seed) | {"batch_size": source.batch_size}
+    settings |= {"protocol": protocol.name if protocol else "spikegen"} | (source.settings or {})
+    if statistics is not None:
+        settings["statistics_sha256"] = file_hash(Path(statistics))
     return Score({metric: compute[metric]() for metric in metrics}, settings)
 
 
-def _check_metrics(
-    metrics: tuple[str, ...], reference: Reference, reconstruct: Network | None, classify: Network | None
-) -> None:
+def _lacking(metric: str, reference: Reference, extractor: Extractor, source: Source | None = None) -> str | None:
+    """What a metric needs and there is not."""
+    source, frechet = source or Source(), extractor.frechet_name
+    own_split = reference.data is not None and reference.split == "test"
+    classes = extractor.classes == len(reference.classes) > 0
+    needs = {
+        "fid": (frechet == "fid", f"another extractor (with {extractor.name} it is called fad)"),
+        "fad": (frechet == "fad", "--extractor autoencoder:PATH"),
+        "fid_floor": (frechet == "fid" and own_split, "the test split of a data set as reference"),
+        "fad_floor": (frechet == "fad" and own_split, "an autoencoder, and the test split of a data set as reference"),
+        "novelty": (own_split, "the test split of a data set as reference"),
+        "is": (extractor.has_logits, f"an extractor with classes, not {extractor.name}"),
+        "class_diversity": (classes, "the cnn extractor of the reference's classes"),
+        "agreement": (
+            classes and source.labels is not None, "a conditional model and the cnn extractor of its classes"
+        ),
+        "accuracy": (source.classify is not None and reference.labels is not None,
+                     "a model with a head and a labelled reference"),
+        **dict.fromkeys(RECONSTRUCTION, (source.reconstruct is not None,
+                                         "a model that reconstructs images of the reference's size, not a folder")),
+    }  # fmt: skip
+    right, says = needs.get(metric, (True, ""))
+    return None if right else says
+
+
+def _check_metrics(metrics: tuple[str, ...], reference: Reference, extractor: Extractor, source: Source) -> None:
     for metric in metrics:
         if metric not in METRICS:
             raise UserError(f"metrics: there is no {metric!r}; {suggest(metric, list(METRICS))}")
-    if "mse" in metrics and reconstruct is None:
-        raise UserError("metrics: mse needs a model that reconstructs, not a folder of images; leave it out")
-    if "accuracy" in metrics and (classify is None or reference.labels is None):
-        raise UserError("metrics: accuracy needs a model with a head and a labelled reference; leave it out")
-    if "fid_floor" in metrics and (reference.data is None or reference.split != "test"):
-        raise UserError("metrics: fid_floor needs the test split of a data set as reference; leave it out")
+        if lacks := _lacking(metric, reference, extractor, source):
+            raise UserError(f"metrics: {metric} needs {lacks}; leave it out")
 
 
 def _check_counts(count: int, real: int, dim: int, metrics: tuple[str, ...]) -> None:
     if min(count, real) < 2:
         raise UserError(f"a score needs at least 2 images; got {count} generated and {real} real")
     few = [f"{n} {kind}" for n, kind in ((count, "generated"), (real, "real")) if n <= dim]
-    if few and {"fid", "fid_floor"} & set(metrics):
+    if few and set(FRECHET) & set(metrics):
         says = f"FID needs more images than the extractor's {dim} features for its covariance"
         warnings.warn(f"{says}; got {' and '.join(few)}", ScoreWarning, stacklevel=3)
+    short = [m for m in metrics if count < ENOUGH.get(m, 0)]
+    if short:
+        needed = max(ENOUGH[m] for m in short)
+        says = f"{', '.join(short)} say little below {needed} generated images; got {count}"
+        warnings.warn(says, ScoreWarning, stacklevel=3)
 
 
 def _floor(reference: Reference, count: int, seed: int, extractor: Extractor) -> Features:
     shown = extract(floor_images(reference, count, seed), extractor)
     if len(shown.features) < count:
-        says = f"fid_floor is of all {len(shown.features)} training images, fewer than the {count} generated"
+        says = f"the floor is of all {len(shown.features)} training images, fewer than the {count} generated"
         warnings.warn(says, ScoreWarning, stacklevel=2)
     return shown
 
 
-def _logits(seen: Features, extractor: Extractor) -> Tensor:
-    if seen.logits is None:
-        raise UserError(f"metrics: is needs an extractor with classes, not {extractor.name}; leave it out")
+def _train_features(reference: Reference, extractor: Extractor) -> Tensor:
+    assert reference.data is not None
+    return extract(reference.data.load("train").images.split(BATCH), extractor).features
+
+
+def _logits(seen: Features) -> Tensor:
+    assert seen.logits is not None
     return seen.logits
 
 
@@ -241,59 +342,3 @@ def _version(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:  # run from a source tree
         return "unknown"
-
-
-# ---- features ------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def extract(images: Batches, extractor: Extractor) -> Features:
-    """Features [N, d] and logits of all images, on the extractor's device.
-
-    Under a progress bar where `images` is a sequence: what generates them has its own.
-    """
-    device = next(extractor.parameters()).device
-    parts = [Features(torch.zeros(0, extractor.dim, device=device), None)]
-    total = sum(map(len, images)) if isinstance(images, Sequence) else None
-    with progress_bar(total is not None) as bar:
-        task = bar.add_task("features", total=total, info="")
-        for batch in images:
-            parts += [extractor(part.expand(-1, 3, -1, -1).to(device)) for part in batch.split(BATCH)]
-            bar.advance(task, len(batch))
-    features = torch.cat([part.features for part in parts])
-    if not features.isfinite().all():
-        raise UserError(f"extractor {extractor.name}: its features are not finite; its weights are broken")
-    logits = [part.logits for part in parts if part.logits is not None]
-    return Features(features, torch.cat(logits) if logits else None)
-
-
-def real_statistics(reference: Reference, extractor: Extractor, cache: Path | None) -> Statistics:
-    """The reference's statistics, from `cache`/stats if they are there, else put there.
-
-    The file is keyed by data set, split, size and number, the extractor's weights and resize, and the images'
-    pixels, so that another resize is never mistaken for this one. A broken file is written anew.
-    """
-    images = reference.images
-    pixels = hashlib.sha256(images.contiguous().numpy().data).hexdigest()
-    key = hashlib.sha256(f"{sorted(extractor.settings().items())} {tuple(images.shape)} {pixels}".encode())
-    name, size = reference.data_name, images.shape[-1]
-    stem = f"{name}-{reference.split}-{size}-{len(images)}-{extractor.name}-{key.hexdigest()[:20]}"
-    path = cache / "stats" / f"{stem}.safetensors" if cache else None
-    if path and (held := _read_statistics(path, extractor.dim, len(images))):
-        return held
-    statistics = statistics_of(extract(images.split(BATCH), extractor).features)
-    if path:
-        count = torch.tensor(statistics.count)
-        with contextlib.suppress(UserError, OSError), replacing(path) as beside:  # only a cache
-            save_file({"total": statistics.total, "outer": statistics.outer, "count": count}, beside)
-    return statistics
-
-
-def _read_statistics(path: Path, dim: int, count: int) -> Statistics | None:
-    try:
-        held = load_file(path)
-        found = Statistics(held["total"], held["outer"], int(held["count"]))
-    except (OSError, SafetensorError, KeyError):
-        return None
-    right = found.count == count and found.total.shape == (dim,) and found.outer.shape == (dim, dim)
-    return found if right and bool(found.outer.isfinite().all()) else None

@@ -204,6 +204,13 @@ class SpikingVAE(nn.Module, PyTorchModelHubMixin):
                 self.train(was_training)
             yield images[max(first - start, 0) : first + num - start]
 
+    def sample_labels(self, num: int, *, seed: int = 0, first: int = 0) -> Int64[Tensor, " {num}"] | None:
+        """The classes that `sample` draws when none is fixed; None where the model is not conditional."""
+        if not self.config.conditional:
+            return None
+        draws = uniform_per_image(~seed, first, num, (1,))[0]
+        return (draws * len(self.classes)).long()
+
     def add_prior(self, spec: MaskedSpec) -> MaskedPrior:
         """A prior to learn over this model's spikes; samples are drawn from it from now on."""
         if len(self.latent.shape) != 3:
@@ -263,8 +270,9 @@ class SpikingVAE(nn.Module, PyTorchModelHubMixin):
         noise = uniform_per_image(seed, first, SAMPLE_CHUNK, shape, self.device)
         labels = None
         if self.config.conditional:
-            draws = uniform_per_image(~seed, first, SAMPLE_CHUNK, (1,), self.device)[0]
-            labels = (draws * len(self.classes)).long() if label is None else torch.full_like(draws, label).long()
+            drawn = self.sample_labels(SAMPLE_CHUNK, seed=seed, first=first)
+            assert drawn is not None
+            labels = (drawn if label is None else torch.full_like(drawn, label)).to(self.device)
         return noise.to(next(self.parameters()).dtype), labels
 
     def _check_label(self, label: int | None) -> None:

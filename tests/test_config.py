@@ -8,16 +8,18 @@ from spikegen import Config, UserError, load_config
 from spikegen.config import dump_config, presets
 from spikegen.training import dry_run
 
-PAPER = [f"{paper}_{data}" for paper in ("fsvae", "tcja") for data in ("mnist", "fashion_mnist", "cifar10", "celeba")]
+DATA = ("mnist", "fashion_mnist", "cifar10", "celeba")
+PAPER = [f"{paper}_{data}" for paper in ("fsvae", "tcja") for data in DATA]
+OTHERS = [f"{paper}_{data}" for paper in ("esvae", "taid", "ann") for data in DATA]
 OURS = ["digits", "mnist", "fashion_mnist", "cifar10", "celeba"]
 
 
 def test_the_presets_are_those_of_the_readme() -> None:
-    assert sorted(presets()) == sorted(OURS + PAPER)
+    assert sorted(presets()) == sorted(OURS + PAPER + OTHERS)
     assert all(20 < len(line) < 120 for line in presets().values())
 
 
-@pytest.mark.parametrize("name", OURS + PAPER)
+@pytest.mark.parametrize("name", OURS + PAPER + OTHERS)
 def test_every_preset_loads_builds_and_round_trips(name: str, tmp_path: Path) -> None:
     config = load_config(name)
     assert "parameters" in dry_run(config)
@@ -62,6 +64,59 @@ def test_a_tcja_preset_is_its_twin_with_the_blocks_in(name: str) -> None:
     for config in (plain, tcja):
         del config["model"]["attention"], config["model"]["readout"]
     assert plain == tcja
+
+
+@pytest.mark.parametrize(
+    ("data", "size", "lr", "batch"),
+    [
+        ("mnist", 32, 3e-3, 256),
+        ("fashion_mnist", 32, 3e-3, 256),
+        ("cifar10", 128, 6e-4, 256),
+        ("celeba", 128, 1e-3, 64),
+    ],
+)
+def test_esvaes_presets_have_its_papers_setting(data: str, size: int, lr: float, batch: int) -> None:
+    esvae, fsvae = (load_config(f"{paper}_{data}") for paper in ("esvae", "fsvae"))
+    training = esvae.training
+    assert esvae.model.latent.model_dump() == {"kind": "poisson", "size": size}
+    assert (training.lr, training.batch_size, training.epochs, training.prior_lr) == (lr, batch, 300, 10)
+    assert (training.losses.prior, training.losses.prior_weight, training.seed) == ("rbf", 1e-3, 42)
+    assert (training.weight_decay, training.schedule) == (1e-3, "constant")
+    assert esvae.model.model_copy(update={"latent": fsvae.model.latent}) == fsvae.model
+    # parameters in use, counted from the authors' code, in millions
+    count = int(dry_run(esvae).split()[0].replace(",", ""))
+    assert round(count / 1e6, 3) == {"cifar10": 1.069, "celeba": 3.696}.get(data, 0.856)
+
+
+@pytest.mark.parametrize("data", DATA)
+def test_taid_is_fsvae_with_steps_mixed_in_the_readout(data: str) -> None:
+    taid, fsvae = (load_config(f"{paper}_{data}") for paper in ("taid", "fsvae"))
+    assert taid.model.readout.model_dump() == {"kind": "tcja", "kernel_t": None, "kernel_c": 1, "reduce": "sum"}
+    assert taid.model.model_copy(update={"readout": fsvae.model.readout}) == fsvae.model
+    assert taid.training == fsvae.training
+
+
+@pytest.mark.parametrize(("data", "batches"), [("mnist", 240), ("cifar10", 200), ("celeba", 652)])
+def test_the_ann_vae_has_no_spikes_and_its_papers_weight(data: str, batches: int) -> None:
+    ann, fsvae = (load_config(f"{paper}_{data}") for paper in ("ann", "fsvae"))
+    assert (ann.model.num_steps, ann.model.neuron.kind, ann.model.latent.kind) == (1, "relu", "gaussian")
+    assert ann.model.stages == fsvae.model.stages
+    assert ann.training.losses.prior_weight == pytest.approx(1 / batches, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["model.latent={kind: poisson}"], "losses.prior is 'kl'; a poisson latent takes rbf"),
+        (["model.latent={kind: spatial}", "training.losses.prior=mmd"], "a spatial latent takes kl"),
+        (["prior={epochs: 1}"], "prior needs model.latent.kind spatial, not bernoulli"),
+        (["model.latent={kind: spatial}", "prior={epoch: 1}"], "did you mean epochs"),
+        (["model.neuron={kind: relu, beta: 0.5}"], "model.neuron.beta"),
+    ],
+)
+def test_parts_that_do_not_go_together_are_named(overrides: list[str], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        load_config("digits", overrides)
 
 
 @pytest.mark.parametrize("name", OURS)

@@ -5,13 +5,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import nn
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from spikegen import extractors
 from spikegen.data import DataSpec
 from spikegen.extractors import CNN_SIZES, default_extractor, load_extractor, read_weights, weights_hash
+from spikegen.references import Reference
+from spikegen.scoring import score_sets
 from spikegen.spec import UserError
 
 AT_LEAST = {"digits": 0.98, "mnist": 0.99, "fashion_mnist": 0.91}
@@ -192,3 +196,74 @@ def test_read_weights_and_hash_do_not_depend_on_the_format(tmp_path):
     one, other = read_weights(tmp_path / "w.pth"), read_weights(tmp_path / "w.safetensors")
     assert weights_hash(one) == weights_hash(other) == weights_hash(state)
     assert weights_hash(state | {"b": torch.tensor(3)}) != weights_hash(state)
+
+
+# ---- autoencoder -------------------------------------------------------------------------------------------
+
+
+def autoencoder_state(channels=1, size=32, widths=(4, 8), dim=6):
+    """Weights of the right names and shapes, decoder included, which is not read."""
+    torch.manual_seed(0)
+    state, inputs = {}, channels
+    for i, width in enumerate(widths):
+        conv, norm = nn.Conv2d(inputs, width, 3), nn.BatchNorm2d(width)
+        norm.running_mean.uniform_(-1, 1)
+        norm.running_var.uniform_(0.5, 2)
+        state |= {f"encoder.{i}.0.{k}": v for k, v in conv.state_dict().items()}
+        state |= {f"encoder.{i}.1.{k}": v for k, v in norm.state_dict().items()}
+        inputs = width
+    flat = widths[-1] * (size // 2 ** len(widths)) ** 2
+    state |= {f"latent_layer.{k}": v for k, v in nn.Linear(flat, dim).state_dict().items()}
+    return state | {"decoder_input.weight": torch.zeros(flat, dim)}
+
+
+@pytest.mark.parametrize(("channels", "size", "widths"), [(1, 32, (4, 8)), (3, 16, (3, 5, 6))])
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_the_autoencoders_features_are_its_layers(tmp_path, channels, size, widths, suffix):
+    state, path = autoencoder_state(channels, size, widths), tmp_path / f"ae{suffix}"
+    torch.save(state, path) if suffix == ".pth" else save_file(state, path)
+    extractor = load_extractor(f"autoencoder:{path}", "mnist", "cpu")
+    assert (extractor.dim, extractor.size, extractor.channels) == (6, size, channels)
+    images = torch.randint(0, 256, (3, channels, size, size), dtype=torch.uint8)
+    x = images.float() / 127.5 - 1
+    for i in range(len(widths)):
+        part = {k.removeprefix(f"encoder.{i}."): v for k, v in state.items() if k.startswith(f"encoder.{i}.")}
+        x = F.conv2d(x, part["0.weight"], part["0.bias"], stride=2, padding=1)
+        mean, var, scale, shift = (
+            part[f"1.{k}"].view(-1, 1, 1) for k in ("running_mean", "running_var", "weight", "bias")
+        )
+        x = F.leaky_relu((x - mean) / (var + 1e-5).sqrt() * scale + shift, 0.01)
+    expected = F.linear(x.flatten(1), state["latent_layer.weight"], state["latent_layer.bias"])
+    found = extractor(images.expand(-1, 3, -1, -1))
+    torch.testing.assert_close(found.features, expected, rtol=1e-4, atol=1e-5)
+    assert found.logits is None
+
+
+def test_an_autoencoder_takes_its_own_size_only(tmp_path):
+    torch.save(autoencoder_state(), tmp_path / "ae.pth")
+    extractor = load_extractor(f"autoencoder:{tmp_path / 'ae.pth'}", "mnist", "cpu")
+    with pytest.raises(UserError, match="made for 32x32 images, not 28x28"):
+        extractor(torch.zeros(2, 3, 28, 28, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("lost", ["encoder.0.0.weight", "latent_layer.weight", "encoder.1.1.running_var"])
+def test_other_weights_are_no_autoencoder(tmp_path, lost):
+    state = autoencoder_state()
+    del state[lost]
+    torch.save(state, tmp_path / "ae.pth")
+    with pytest.raises(UserError, match=r"ae\.pth: not the weights of FSVAE's autoencoder"):
+        load_extractor(f"autoencoder:{tmp_path / 'ae.pth'}", "mnist", "cpu")
+
+
+@pytest.mark.parametrize(("name", "stem", "expected"), [("mnist", "mnist", 0.59), ("fashion_mnist", "fashion", 0.43)])
+def test_the_test_splits_distance_to_its_published_statistics(real_data, name, stem, expected):
+    weights, statistics = (real_data / "fad" / f for f in (f"{stem}_64.pth", f"{stem}_test_64.npz"))
+    if not weights.exists():
+        pytest.skip("needs FSVAE's autoencoders in fad/ beside the data sets")
+    data = DataSpec(name=name, root=real_data, image_size=32)
+    images = data.load("test").images
+    network = load_extractor(f"autoencoder:{weights}", name, "cpu")
+    found = score_sets(
+        images.split(100), Reference(name, "test", images, data), network, ("fad",), statistics=statistics
+    )
+    assert found.metrics["fad"].value == pytest.approx(expected, abs=0.2)

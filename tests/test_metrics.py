@@ -12,9 +12,12 @@ from torch_fidelity.metric_kid import mmd2
 from spikegen.metrics import (
     Interval,
     accuracy,
+    agreement,
+    class_diversity,
     frechet_distance,
     inception_score,
     kernel_distance,
+    reconstruction,
     reconstruction_mse,
     resamples,
     statistics_of,
@@ -187,3 +190,45 @@ def test_batches_are_told_the_index_of_their_first_image():
 
     reconstruction_mse(reconstruct, noise(8), 3)
     assert firsts == [(0, 3), (3, 3), (6, 2)]
+
+
+# ---- copies and classes ------------------------------------------------------------------------------------
+
+
+def test_copies_are_compared_as_their_definitions_say():
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (7, 1, 16, 16), dtype=torch.uint8)
+    found = reconstruction(lambda x, _: (x * 0.8).clamp(-1, 1), images, batch_size=3)
+    x = images.double() / 127.5 - 1
+    mse = (x - (x * 0.8).clamp(-1, 1)).square().flatten(1).mean(1)
+    assert found["mse"].value == pytest.approx(mse.mean().item(), rel=1e-5)
+    assert found["psnr"].value == pytest.approx((10 * torch.log10(4 / mse)).mean().item(), rel=1e-5)
+    assert 0 < found["ssim"].value < 1
+    exact = reconstruction(lambda x, _: x, images)
+    assert exact["mse"].value == 0
+    assert exact["psnr"].value == 100
+    assert exact["ssim"].value == pytest.approx(1)
+
+
+def test_ssim_is_scikit_images_formula_on_a_flat_pair():
+    """On flat images the variances are 0: SSIM = (2 a b + C1) / (a^2 + b^2 + C1), C1 = (0.01 * 2)^2."""
+    images = torch.full((2, 1, 16, 16), 255, dtype=torch.uint8)
+    found = reconstruction(lambda x, _: x * 0 + 0.5, images)["ssim"].value
+    assert found == pytest.approx((2 * 0.5 + 4e-4) / (1.25 + 4e-4), rel=1e-5)
+
+
+def test_agreement_counts_what_was_asked_for():
+    logits = torch.eye(4)[[0, 1, 2, 3, 0, 0]]
+    found = agreement(logits, torch.tensor([0, 1, 2, 3, 1, 2]))
+    assert found.value == pytest.approx(4 / 6)
+    assert 0 <= found.low < found.value < found.high <= 1
+
+
+@pytest.mark.parametrize(
+    ("counts", "expected"), [([50, 50, 50, 50], 1.0), ([200, 0, 0, 0], 0.25), ([100, 100, 0, 0], 0.5)]
+)
+def test_diversity_is_the_effective_number_of_classes(counts, expected):
+    logits = torch.eye(4).repeat_interleave(torch.tensor(counts), 0)
+    found = class_diversity(logits)
+    assert found.value == pytest.approx(expected)
+    assert found.low <= found.value <= found.high

@@ -5,6 +5,7 @@ import math
 import warnings
 from typing import get_args
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -13,15 +14,18 @@ from spikegen import scoring
 from spikegen.config import ScoringConfig, load_config
 from spikegen.data import DataSpec
 from spikegen.extractors import Extractor, Features, load_extractor
+from spikegen.features import extract
 from spikegen.images import to_uint8
 from spikegen.references import Reference, load_reference, read_folder
-from spikegen.scoring import ScoreWarning, score, score_sets
+from spikegen.scoring import ScoreWarning, Source, score, score_sets
 from spikegen.spec import UserError
 from spikegen.training import build_model
 
 
 class Pixels(Extractor):
     """Features are the means of a grid of cells: quick, and it counts what it is shown."""
+
+    has_logits = True
 
     def __init__(self, dim: int = 16):
         super().__init__("pixels", dim, "none", antialias=False)
@@ -54,10 +58,13 @@ def save(images: torch.Tensor, folder) -> None:
 # ---- the whole score -----------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:is.* say little:spikegen.scoring.ScoreWarning")
 def test_a_score_repeats_exactly_and_is_json():
     images, real = noise(60), noise(70, 1)
     metrics = ("fid", "is", "kid", "mse")
-    first, again = (quick(images, real, metrics, seed=4, reconstruct=lambda x, _first: x * 0.5) for _ in range(2))
+    first, again = (
+        quick(images, real, metrics, seed=4, source=Source(reconstruct=lambda x, _first: x * 0.5)) for _ in range(2)
+    )
     assert first.to_json() == again.to_json()
     held = json.loads(json.dumps(first.to_json(), allow_nan=False))
     assert set(held) == {"metrics", "settings"}
@@ -69,6 +76,7 @@ def test_a_score_repeats_exactly_and_is_json():
     assert set(said["versions"]) == {"spikegen", "torch", "torchmetrics", "torchvision", "torch-fidelity"}
 
 
+@pytest.mark.filterwarnings("ignore:is.* say little:spikegen.scoring.ScoreWarning")
 def test_the_batches_do_not_matter():
     images, real = noise(60), Reference("real", None, noise(60, 1))
     one, other = (score_sets(images.split(n), real, Pixels(), ("fid", "is")) for n in (7, 60))
@@ -87,7 +95,7 @@ def test_few_images_are_warned_of_and_only_for_fid():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         quick(noise(17), noise(17, 1))
-        quick(noise(10), noise(10, 1), ("is", "kid"))
+        quick(noise(10), noise(10, 1), ("mse",), source=Source(reconstruct=lambda x, _first: x * 0.5))
 
 
 @pytest.mark.parametrize(("generated", "real"), [(1, 10), (10, 1)])
@@ -107,6 +115,12 @@ def test_no_images_are_no_set():
         ("fod", "did you mean fid"),
         ("mse", "a model that reconstructs"),
         ("fid_floor", "test split of a data set"),
+        ("novelty", "test split of a data set"),
+        ("fad", "autoencoder:PATH"),
+        ("agreement", "a conditional model"),
+        ("class_diversity", "cnn extractor"),
+        ("psnr", "a model that reconstructs"),
+        ("accuracy", "a model with a head"),
     ],
 )
 def test_a_metric_that_cannot_be_had_is_named(metric, says):
@@ -227,6 +241,7 @@ def test_two_folders_must_agree(tmp_path):
         load_reference(str(tmp_path), (3, 8, 8))
 
 
+@pytest.mark.filterwarnings("ignore:is.* say little:spikegen.scoring.ScoreWarning")
 def test_a_folder_is_scored_against_a_data_set(tmp_path):
     save(load_reference("digits:train", (1, 16, 16)).images[:200], tmp_path / "images")
     found = score(str(tmp_path / "images"), "digits")
@@ -254,5 +269,71 @@ def test_a_model_is_scored_with_every_metric():
         patch.setattr(scoring, "open_run", lambda *_: (model.eval(), config))
         warnings.simplefilter("ignore", ScoreWarning)
         found = score("run", num=20)
-    assert {"fid", "fid_floor", "is", "mse"} <= set(found.metrics)
+    usual = set(ScoringConfig().metrics) - {"fad", "fad_floor"}
+    assert set(found.metrics) == (usual if config.model.conditional else usual - {"agreement"})
     assert found.table().startswith("fid ")
+
+
+# ---- protocols and published statistics -------------------------------------------------------------------
+
+
+def test_published_statistics_give_the_distance_that_the_images_give(tmp_path):
+    real, shown = noise(70, 1), noise(60)
+    features = extract([real], Pixels()).features.double().numpy()
+    np.savez(tmp_path / "real.npz", mu=features.mean(0), sigma=np.cov(features, rowvar=False))
+    own = quick(shown, real)
+    published = quick(shown, real, statistics=tmp_path / "real.npz")
+    assert published.metrics["fid"].value == pytest.approx(own.metrics["fid"].value, rel=1e-6)
+    assert len(published.settings["statistics_sha256"]) == 64
+    assert "statistics_sha256" not in own.settings
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "cannot read"),
+        (b"nonsense", "not statistics"),
+        ({"mu": np.zeros(16)}, "not statistics"),
+        ({"mu": np.zeros(9), "sigma": np.eye(9)}, "extractor has 16"),
+        ({"mu": np.full(16, np.nan), "sigma": np.eye(16)}, "finite"),
+        ({"mu": np.array([{}] * 16), "sigma": np.eye(16)}, "not statistics"),
+    ],
+)
+def test_other_statistics_are_named(tmp_path, content, says):
+    file = tmp_path / "real.npz"
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    elif content is not None:
+        np.savez(file, **content)
+    with pytest.raises(UserError, match=f"real.npz.*{says}|{says}.*real.npz"):
+        quick(noise(20), noise(30, 1), statistics=file)
+
+
+def test_statistics_are_of_no_use_to_other_metrics(tmp_path):
+    with pytest.raises(UserError, match="statistics serves only fid"):
+        quick(noise(20), noise(30, 1), ("is",), statistics=tmp_path / "real.npz")
+
+
+@pytest.mark.parametrize(
+    ("choices", "says"),
+    [
+        ({"protocol": "fsvea"}, "did you mean fsvae"),
+        ({"protocol": "fsvae"}, "needs --extractor autoencoder:PATH"),
+        ({"protocol": "fsvae", "extractor": "cnn"}, "needs --extractor autoencoder:PATH"),
+        ({"protocol": "fsvae", "extractor": "autoencoder:x", "num": 100}, "takes 5120 images, not 100"),
+        ({"protocol": "fsvae", "extractor": "autoencoder:x", "metrics": ("fid",)}, "not fid"),
+    ],
+)
+def test_a_protocol_is_kept_or_refused(tmp_path, choices, says):
+    with pytest.raises(UserError, match=says):
+        score(tmp_path, "digits", **choices)
+
+
+def test_images_all_alike_are_named():
+    with pytest.warns(ScoreWarning, match="all 40 generated images look the same"):
+        quick(noise(1).expand(40, -1, -1, -1), noise(50, 1))
+
+
+def test_metrics_of_too_few_images_are_named():
+    with pytest.warns(ScoreWarning, match="recall, coverage say little below 1000 generated images; got 60"):
+        quick(noise(60), noise(70, 1), ("fid", "recall", "coverage"))

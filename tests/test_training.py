@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import spikegen.loop as loop
 import spikegen.training as training
 from spikegen import UserError, train
+from spikegen.prior import MaskedPrior
 from spikegen.runs import Run
 from tests.tiny import tiny_config
 
@@ -288,3 +290,94 @@ def test_dry_run_counts_what_training_builds() -> None:
     config = tiny_config()
     model = training.build_model(config, config.data.class_names())
     assert training.dry_run(config).startswith(f"{sum(p.numel() for p in model.parameters()):,} parameters")
+
+
+# ---- a second phase: the prior ---------------------------------------------------------------------------------------
+
+SPATIAL: dict[str, Any] = {
+    "model__latent": {"kind": "spatial", "channels": 2},
+    "training__losses": {"prior": "kl", "prior_weight": 0.001, "certainty": 0.001},
+}
+PRIOR: dict[str, Any] = {
+    "prior": {
+        "epochs": 0.6,
+        "batch_size": 16,
+        "network": {"channels": 8, "heads": 2, "blocks": 1, "attend_every": 1, "passes": 2},
+    }
+}
+
+
+def weights_of(path: Path) -> dict[str, torch.Tensor]:
+    return load_file(path / "model" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(tiny_config(**SPATIAL, **PRIOR), tmp_path_factory.mktemp("both") / "run", device="cpu")
+
+
+def test_the_prior_is_learnt_after_the_rest_which_it_leaves_as_it_is(both: Path, tmp_path: Path) -> None:
+    alone = train(tiny_config(**SPATIAL), tmp_path / "run", device="cpu")
+    first, second = weights_of(alone), weights_of(both)
+    assert {k for k in second if k.startswith("prior.")}
+    assert set(first) == {k for k in second if not k.startswith("prior.")}
+    assert all(torch.equal(v, second[k]) for k, v in first.items())
+    rows = Run(both).rows()
+    seen = [r["images_seen"] for r in rows]
+    assert seen == sorted(seen)
+    assert seen[-1] == 208 + 128  # 13 and 8 steps of 16
+    entropies = [r["prior_entropy"] for r in rows if "prior_entropy" in r]
+    assert entropies
+    assert all(0 < e < 1 for e in entropies)
+    assert "test_prior_entropy" in rows[-1]
+    assert (both / "samples" / f"{seen[-1]:012d}.png").exists()
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_a_prior_that_was_stopped_and_resumed_is_the_uninterrupted_one(
+    both: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int
+) -> None:
+    real, calls = MaskedPrior.forward, []
+
+    def forward(*args: Any) -> torch.Tensor:
+        calls.append(None)
+        if len(calls) == steps:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(*args)
+
+    config, out = tiny_config(**SPATIAL, **PRIOR), tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(MaskedPrior, "forward", forward)
+        with pytest.raises(loop.Interrupted, match="--resume"):
+            train(config, out, device="cpu")
+    train(config, out, resume=True, device="cpu")
+    expected, found = weights_of(both), weights_of(out)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(v, found[k]) for k, v in expected.items())
+    timeless = [[{k: v for k, v in r.items() if k != "images_per_second"} for r in Run(p).rows()] for p in (both, out)]
+    assert timeless[0] == timeless[1]
+
+
+def test_a_finished_run_can_be_given_a_prior(both: Path, tmp_path: Path) -> None:
+    train(tiny_config(**SPATIAL), tmp_path / "run", device="cpu")
+    train(tiny_config(**SPATIAL, **PRIOR), tmp_path / "run", resume=True, device="cpu")
+    expected, found = weights_of(both), weights_of(tmp_path / "run")
+    assert all(torch.equal(v, found[k]) for k, v in expected.items())
+    assert Run(tmp_path / "run").config().prior is not None
+    other = {"prior": {**PRIOR["prior"], "epochs": 0.7}}
+    with pytest.raises(UserError, match=r"prior\.epochs = 0\.6, but the config has 0\.7"):
+        train(tiny_config(**SPATIAL, **other), tmp_path / "run", resume=True, device="cpu")
+
+
+def test_a_latents_own_prior_learns_at_its_own_rate() -> None:
+    config = tiny_config(
+        model__latent={"kind": "poisson", "size": 4}, model__conditional=False, training__losses__prior="rbf"
+    )
+    settings = config.training.model_copy(update={"prior_lr": 10.0})
+    model = training.build_model(config, ())
+    phase = loop.Phase(0, settings, 200, 0, model, loop.average_of(model, 0.9), model, lambda *_: {}, dict)
+    groups = loop._optimizer(phase).param_groups
+    assert [g["factor"] for g in groups] == [1.0, 10.0]
+    own = {id(p) for p in model.latent.prior.parameters()}
+    assert {id(p) for p in groups[1]["params"]} == own
+    assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))

@@ -1,0 +1,23 @@
+"""spikegen plot."""
+
+import click
+from spikegen.cli import device
+
+
+@click.command()
+@click.argument("run")
+@click.option("--num", default=8, show_default=True, type=click.IntRange(2, 64), help="Images to show.")
+@device
+def command(run: str, num: int, device: str) -> None:
+    """Draw what explains RUN into RUN/plots: curves, grids over training, spikes, attention, interpolations."""
+    from spikegen.figures import draw_all
+    from spikegen.plots import check_picture
+    from spikegen.runs import Run, open_run
+    from spikegen.spec import UserError
+
+    model, config = open_run(run, device)
+    if config is None:
+        raise UserError(f"{run} has no config.yaml that names its data; give a run folder")
+    check_picture(Run(run).path / "plots" / "curves.png")
+    for path in draw_all(Run(run), model, config, num):
+        click.echo(path)

@@ -1,0 +1,194 @@
+"""Pictures of a run that explain it: curves, the grid over training, spikes, attention, interpolations, neighbours."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+
+from spikegen.attention import TCJA
+from spikegen.config import Config
+from spikegen.data import to_model, to_uint8
+from spikegen.draws import uniform_per_image
+from spikegen.extractors import CNN_SIZES, load_extractor
+from spikegen.features import extract
+from spikegen.latents import GaussianPosterior, Posterior
+from spikegen.manifold import nearest
+from spikegen.plots import save_grid
+from spikegen.references import BATCH
+from spikegen.runs import Run
+from spikegen.spec import UserError
+from spikegen.storage import replacing
+from spikegen.vae import SpikingVAE
+
+CURVES = (
+    ("loss",), ("recon", "test_recon"), ("accuracy", "test_accuracy"), ("prior_entropy", "test_prior_entropy"),
+    ("firing_rate",), ("images_per_second",),
+)  # fmt: skip
+
+
+def draw_all(run: Run, model: SpikingVAE, config: Config, count: int = 8) -> list[Path]:
+    """Write every picture that the run has the means for into RUN/plots; the files, in order."""
+    folder = run.path / "plots"
+    images = config.data.load("test").images[:count]
+    if not len(images):
+        raise UserError(f"{run.path}: its data has no test images to draw")
+    drawings: dict[str, Callable[[Path], bool]] = {
+        "curves": lambda path: curves(run.rows(), path),
+        "progress": lambda path: progress(run.samples, model.image_shape, path),
+        "spikes": lambda path: spikes(model, images, path),
+        "attention": lambda path: attention(model, images, path),
+        "interpolations": lambda path: interpolations(model, images, path),
+        "neighbours": lambda path: neighbours(model, config, path, count),
+    }
+    return [folder / f"{name}.png" for name, draw in drawings.items() if draw(folder / f"{name}.png")]
+
+
+def curves(rows: list[dict[str, Any]], path: Path) -> bool:
+    """What metrics.jsonl has, over images seen; False where it has nothing."""
+    panels = [names for names in CURVES if any(name in row for row in rows for name in names)]
+    if not panels:
+        return False
+    figure = Figure(figsize=(9, 2.6 * ((len(panels) + 1) // 2)), layout="constrained")
+    for i, names in enumerate(panels, 1):
+        axes = figure.add_subplot((len(panels) + 1) // 2, 2, i)
+        for name in names:
+            seen = [(r["images_seen"], r[name]) for r in rows if name in r]
+            if seen:
+                axes.plot(*zip(*seen, strict=True), label=name, marker="." if name.startswith("test") else "")
+        axes.set_xlabel("images seen")
+        axes.legend()
+    _save(figure, path)
+    return True
+
+
+def progress(samples: Path, shape: tuple[int, int, int], path: Path, columns: int = 8) -> bool:
+    """The first row of every grid that training left, the earliest on top; False where it left none."""
+    rows = []
+    for file in sorted(samples.glob("*.png")):
+        with Image.open(file) as grid:
+            width, height = grid.size
+            rows.append((file.stem, np.asarray(grid.convert("RGB").crop((0, 0, width, height // columns)))))
+    if not rows:
+        return False
+    figure = Figure(figsize=(6, 0.85 * len(rows)), layout="constrained")
+    for i, (name, row) in enumerate(rows, 1):
+        axes = figure.add_subplot(len(rows), 1, i)
+        axes.imshow(row)
+        axes.set_ylabel(f"{int(name):,}", rotation=0, ha="right", va="center")
+        _bare(axes)
+    _save(figure, path)
+    return True
+
+
+@torch.no_grad()
+def spikes(model: SpikingVAE, images: UInt8[Tensor, "N C H W"], path: Path) -> bool:
+    """What the latent says of each image: its numbers (rows) over the time steps, spikes white."""
+    found = model.encode(to_model(images).to(model.device)).spikes.float().cpu()
+    figure = Figure(figsize=(1.3 * len(images), 5), layout="constrained")
+    for i, image in enumerate(images, 1):
+        above = figure.add_subplot(2, len(images), i)
+        below = figure.add_subplot(2, len(images), len(images) + i)
+        above.imshow(_shown(image), cmap="gray")
+        below.imshow(found[:, i - 1].T.numpy(), aspect="auto", cmap="gray", interpolation="nearest")
+        _bare(above)
+        _bare(below)
+        below.set_xlabel("t")
+    _save(figure, path)
+    return True
+
+
+@torch.no_grad()
+def attention(model: SpikingVAE, images: UInt8[Tensor, "N C H W"], path: Path) -> bool:
+    """Every TCJA block's gate, channels (rows) over the time steps, the mean over the images; False without blocks."""
+    gates: dict[str, Tensor] = {}
+    hooks = []
+    for name, module in model.named_modules():
+        if isinstance(module, TCJA):
+            hooks.append(module.register_forward_pre_hook(_recorder(gates, name)))
+    try:
+        model(to_model(images).to(model.device), *_labels(model, len(images)))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not gates:
+        return False
+    figure = Figure(figsize=(2.2 * len(gates), 4), layout="constrained")
+    for i, (name, gate) in enumerate(gates.items(), 1):
+        axes = figure.add_subplot(1, len(gates), i)
+        drawn = axes.imshow(gate.T.numpy(), aspect="auto", vmin=0, vmax=1, interpolation="nearest")
+        axes.set_title(name.removesuffix(".attention"), fontsize=8)
+        axes.set_xlabel("t")
+    figure.colorbar(drawn, ax=figure.axes)
+    _save(figure, path)
+    return True
+
+
+@torch.no_grad()
+def interpolations(model: SpikingVAE, images: UInt8[Tensor, "N C H W"], path: Path, steps: int = 9) -> bool:
+    """From each image to the next one through the latent's rates (a Gaussian's means), with the same random numbers."""
+    posterior = model.encode(to_model(images).to(model.device))
+    gaussian = isinstance(posterior, GaussianPosterior)
+    rates = posterior.rate if isinstance(posterior, Posterior) else posterior.mean.expand(posterior.spikes.shape)
+    uniform = uniform_per_image(0, 0, 1, tuple(rates[:, 0].shape), rates.device).to(rates.dtype)
+    rows = []
+    for i in range(len(images) - 1):
+        parts = torch.linspace(0, 1, steps, device=rates.device).view(1, -1, 1)
+        mixed = rates[:, i : i + 1] * (1 - parts) + rates[:, i + 1 : i + 2] * parts
+        rows.append(model.decode(mixed if gaussian else (uniform < mixed).to(posterior.spikes.dtype)))
+    if not rows:
+        return False
+    save_grid(to_uint8(torch.cat(rows).cpu()), path, steps)
+    return True
+
+
+@torch.no_grad()
+def neighbours(model: SpikingVAE, config: Config, path: Path, count: int = 8, near: int = 5) -> bool:
+    """Samples (left) and the training images nearest to each, by the `cnn`'s features or else by pixels."""
+    train = config.data.load("train").images
+    samples = to_uint8(model.sample(count).cpu())
+    if config.data.name in CNN_SIZES:
+        network = load_extractor("cnn", config.data.name, model.device)
+        own, real = (extract(x.split(BATCH), network).features for x in (samples, train))
+    else:
+        own, real = (x.flatten(1).float() for x in (samples, train))
+    found = train[nearest(own, real, near).cpu()]
+    save_grid(torch.cat([samples.unsqueeze(1), found], 1).flatten(0, 1), path, 1 + found.shape[1])
+    return True
+
+
+# ---- parts of the above ----------------------------------------------------------------------------------------------
+
+
+def _recorder(gates: dict[str, Tensor], name: str) -> Callable[..., None]:
+    def record(module: TCJA, inputs: tuple[Tensor, ...]) -> None:
+        x, squeezed = inputs[0], inputs[1] if len(inputs) > 1 else None
+        gates[name] = module.gate(x if squeezed is None else squeezed).mean(1).float().cpu()
+
+    return record
+
+
+def _labels(model: SpikingVAE, count: int) -> tuple[Float[Tensor, " N"], ...]:
+    """Some label, where the prior asks for one: what is drawn does not depend on it."""
+    return (torch.zeros(count, dtype=torch.int64, device=model.device),) if model.config.conditional else ()
+
+
+def _shown(image: UInt8[Tensor, "C H W"]) -> Any:
+    return (image[0] if image.shape[0] == 1 else image.permute(1, 2, 0)).numpy()
+
+
+def _bare(axes: Any) -> None:
+    axes.set_xticks([])
+    axes.set_yticks([])
+
+
+def _save(figure: Figure, path: Path) -> None:
+    FigureCanvasAgg(figure)
+    with replacing(path, flush=False) as beside:
+        figure.savefig(beside, format="png", dpi=110)

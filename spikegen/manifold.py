@@ -1,0 +1,81 @@
+"""Precision, recall, density and coverage, and nearest neighbours: what lies near what in feature space.
+
+Precision and recall as Kynkaanniemi et al. (arXiv 1904.06991, k = 3), density and coverage as Naeem et al. (2002.09797,
+k = 5). torch-fidelity has the first two without an interval; they are the tests' oracle.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from spikegen.metrics import Interval, mean_interval
+
+PRECISION_NEIGHBOURS, DENSITY_NEIGHBOURS = 3, 5
+BLOCK = 500
+"""Rows of a distance matrix that exist at once."""
+
+
+def precision(generated: Float[Tensor, "N d"], real: Float[Tensor, "M d"]) -> Interval:
+    """The part of the generated images that lie as near to some real one as its third neighbour."""
+    return mean_interval(_inside(generated, real, PRECISION_NEIGHBOURS) > 0, most=1.0)
+
+
+def recall(generated: Float[Tensor, "N d"], real: Float[Tensor, "M d"]) -> Interval:
+    """The part of the real images that lie as near to some generated one as its third neighbour."""
+    return mean_interval(_inside(real, generated, PRECISION_NEIGHBOURS) > 0, most=1.0)
+
+
+def density(generated: Float[Tensor, "N d"], real: Float[Tensor, "M d"]) -> Interval:
+    """In how many of the real images' balls a generated one lies, over five; it may pass 1."""
+    return mean_interval(_inside(generated, real, DENSITY_NEIGHBOURS) / DENSITY_NEIGHBOURS)
+
+
+def coverage(generated: Float[Tensor, "N d"], real: Float[Tensor, "M d"]) -> Interval:
+    """The part of the real images whose nearest generated one is as near as their fifth real neighbour."""
+    return mean_interval(_nearest(real, generated, 1)[:, 0] <= radii(real, DENSITY_NEIGHBOURS), most=1.0)
+
+
+def novelty(generated: Float[Tensor, "N d"], test: Float[Tensor, "M d"], train: Float[Tensor, "K d"]) -> Interval:
+    """Median distance from a generated image to the nearest training image, over that of the test images.
+
+    About 1 for a model that generalises; well below 1 for one that has learnt its training images by heart. The
+    interval is that of a median's ranks.
+    """
+    own = _nearest(generated, train, 1)[:, 0].double().sort().values
+    usual = _nearest(test, train, 1)[:, 0].double().median()
+    half, spread = (len(own) - 1) / 2, 0.98 * len(own) ** 0.5
+    low, high = (int(min(max(half + s * spread, 0), len(own) - 1)) for s in (-1, 1))
+    least = torch.finfo(torch.float64).tiny
+    value, low_value, high_value = (own[[round(half), low, high]] / usual.clamp(min=least)).tolist()
+    return Interval(value, low_value, high_value)
+
+
+def nearest(x: Float[Tensor, "N d"], among: Float[Tensor, "M d"], count: int) -> Int64[Tensor, "N k"]:
+    """Which `count` of `among` are nearest to each of `x`, the nearest first."""
+    parts = [d.topk(min(count, len(among)), largest=False).indices for d in _distances(x, among)]
+    return torch.cat(parts)
+
+
+def radii(x: Float[Tensor, "N d"], k: int) -> Float[Tensor, " N"]:
+    """The distance of each to its k-th nearest other (the last, where there are fewer)."""
+    return _nearest(x, x, k + 1)[:, -1]  # the nearest is itself
+
+
+def _inside(x: Tensor, centres: Tensor, k: int) -> Tensor:
+    """In how many of the balls around `centres`, out to their k-th neighbour, each of `x` lies."""
+    reach = radii(centres, k)
+    return torch.cat([(d <= reach).sum(1) for d in _distances(x, centres)])
+
+
+def _nearest(x: Tensor, among: Tensor, count: int) -> Tensor:
+    """The distances to the `count` nearest, in order."""
+    count = min(count, len(among))
+    return torch.cat([d.topk(count, largest=False).values for d in _distances(x, among)])
+
+
+def _distances(x: Tensor, y: Tensor) -> Iterator[Tensor]:
+    """Rows of the distance matrix, in float64: as a matrix product float32 would round small distances away."""
+    for part in x.double().split(BLOCK):
+        yield torch.cdist(part, y.double())

@@ -1,0 +1,169 @@
+"""ESVAE's rates, the Gaussian of an ordinary VAE, bits on the grid: their draws and gradients are their definitions."""
+
+import pytest
+import torch
+from torch import nn
+
+from spikegen.latents import GaussianSpec, PoissonSpec, SpatialSpec
+from spikegen.neurons import LIFSpec
+from spikegen.spec import UserError
+
+SHAPE, STEPS, BATCH = (3, 2, 4), 5, 6
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def features(steps=STEPS, batch=BATCH):
+    return (torch.rand(steps, batch, *SHAPE) < 0.4).double()
+
+
+def noise(latent, steps=STEPS, batch=BATCH):
+    rows, size = latent.noise_shape(steps)
+    return torch.rand(rows, batch, size).double()
+
+
+def build(spec):
+    return spec.build(SHAPE, LIFSpec(), "auto", 0).double().eval()
+
+
+SPECS = [PoissonSpec(size=7), GaussianSpec(size=7), SpatialSpec(channels=3)]
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.kind)
+def test_shapes_and_images_that_do_not_see_each_other(spec):
+    latent, x = build(spec), features()
+    uniform = noise(latent)
+    found = latent.infer(x, uniform).spikes
+    drawn = latent.sample(uniform)
+    assert found.shape == drawn.shape == (STEPS, BATCH, latent.size)
+    decoded, _ = latent.expand_stage(SHAPE, LIFSpec(), "auto").double()(found.unflatten(2, latent.shape))
+    assert decoded.flatten(2).shape == (STEPS, BATCH, 24)
+    for b in range(BATCH):
+        one = slice(b, b + 1)
+        torch.testing.assert_close(latent.infer(x[:, one], uniform[:, one]).spikes, found[:, one])
+        torch.testing.assert_close(latent.sample(uniform[:, one]), drawn[:, one])
+
+
+@pytest.mark.parametrize("spec", SPECS[:2], ids=lambda s: s.kind)
+def test_labels_are_refused_where_the_prior_has_none(spec):
+    with pytest.raises(UserError, match=r"model\.conditional"):
+        spec.build(SHAPE, LIFSpec(), "auto", 10)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.kind)
+def test_every_parameter_learns(spec):
+    latent = build(spec).train()
+    posterior = latent.infer(features().requires_grad_(), noise(latent))
+    prior = latent.predict(posterior.spikes)
+    loss = (posterior.spikes * torch.rand_like(posterior.spikes)).sum()
+    if prior is not None and prior.rate.requires_grad:
+        loss = loss + (prior.rate * torch.rand_like(prior.rate)).sum()
+    loss.backward()
+    for name, parameter in latent.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+
+
+# ---- poisson
+
+
+def test_a_bit_fires_where_the_encoders_rate_exceeds_its_number():
+    latent, x = build(PoissonSpec(size=7)), features()
+    uniform = noise(latent)
+    rate = latent.project(x.flatten(2))[0].mean(0)
+    found = latent.infer(x, uniform)
+    for t in range(STEPS):
+        assert torch.equal(found.spikes[t], (rate > uniform[t + 1]).double())
+        torch.testing.assert_close(found.rate[t], rate)
+
+
+def test_the_samplers_gradient_is_the_papers_rectangle():
+    from spikegen.latents.poisson import RateSpike
+
+    rate, uniform = torch.rand(1000, requires_grad=True), torch.rand(1000)
+    grad = torch.randn(1000)
+    RateSpike.apply(rate, uniform).backward(grad)
+    expected = [
+        g if abs(r - u) < 0.5 else 0.0 for g, r, u in zip(*(x.tolist() for x in (grad, rate, uniform)), strict=True)
+    ]
+    assert rate.grad.tolist() == pytest.approx(expected)
+
+
+def test_the_priors_bits_have_the_rates_of_its_bottleneck():
+    """With a bias alone the rate is sigmoid(b), whatever the noise; with a weight alone n ~ N(0, 1) moves it."""
+    latent = build(PoissonSpec(size=4))
+    with torch.no_grad():
+        latent.prior.weight.zero_()
+        latent.prior.bias.copy_(torch.tensor([-2.0, -0.5, 0.0, 1.5]))
+    draws = latent.sample(noise(latent, 20, 2000))
+    expected, n = latent.prior.bias.sigmoid(), 20 * 2000
+    found = draws.mean((0, 1))
+    assert bool(((found - expected).abs() < 5 * (expected * (1 - expected) / n).sqrt()).all())
+    with torch.no_grad():
+        latent.prior.bias.zero_()
+        latent.prior.weight.copy_(torch.eye(4))
+    rates = latent.sample(noise(latent, 200, 3000)).mean(0).logit().flatten()
+    normal = rates[rates.isfinite()]
+    assert normal.mean().abs() < 0.05
+    assert abs(normal.std() - 1) < 0.1  # and a little more, for 200 draws do not tell a rate exactly
+
+
+def test_the_priors_view_is_the_same_in_evaluation_and_new_in_training():
+    latent = build(PoissonSpec(size=7))
+    spikes = torch.zeros(STEPS, BATCH, 7).double()
+    assert torch.equal(latent.predict(spikes).rate, latent.predict(spikes).rate)
+    latent.train()
+    first = latent.predict(spikes).rate
+    assert not torch.equal(first, latent.predict(spikes).rate)
+    assert torch.equal(first, first[:1].expand_as(first))  # one n a latent, not one a step
+
+
+# ---- gaussian
+
+
+def test_a_gaussian_draw_is_its_mean_and_deviation():
+    latent, x = build(GaussianSpec(size=3)), features(2, 1)
+    found = latent.infer(x.expand(-1, 40_000, -1, -1, -1), noise(latent, 2, 40_000))
+    z, deviation = found.spikes[0], (found.log_var[0] / 2).exp()
+    torch.testing.assert_close(z.mean(0), found.mean[0].double(), rtol=0, atol=0.05)
+    torch.testing.assert_close(z.std(0), deviation.double(), rtol=0.03, atol=0)
+    assert torch.equal(found.spikes[0], found.spikes[1])
+    prior = latent.sample(noise(latent, 2, 40_000))[0]
+    torch.testing.assert_close(prior.mean(0), torch.zeros(3).double(), rtol=0, atol=0.03)
+    torch.testing.assert_close(prior.std(0), torch.ones(3).double(), rtol=0.03, atol=0)
+
+
+# ---- spatial
+
+
+def test_bits_fire_with_the_sigmoid_of_a_convolution():
+    latent, x = build(SpatialSpec(channels=3)), features()
+    found = latent.infer(x, noise(latent))
+    for t in range(STEPS):
+        logits = nn.functional.conv2d(x[t], latent.logits.weight, latent.logits.bias, padding=1)
+        torch.testing.assert_close(found.rate[t], logits.sigmoid().flatten(1))
+    many = features(1, 1).expand(1, 20_000, -1, -1, -1)
+    drawn = latent.infer(many, noise(latent, 1, 20_000))
+    p, n = drawn.rate[0, 0], 20_000
+    chi_squared = ((drawn.spikes[0].mean(0) - p).square() * n / (p * (1 - p))).sum()
+    assert chi_squared < 24 + 5 * 48**0.5  # of 24 bits: mean 24, variance 48
+
+
+def test_the_gradient_goes_straight_through_to_the_rate():
+    from spikegen.latents.spatial import Coin
+
+    rate, uniform, grad = torch.rand(50, requires_grad=True), torch.rand(50), torch.randn(50)
+    bits = Coin.apply(rate, uniform)
+    bits.backward(grad)
+    assert torch.equal(bits, (uniform < rate).float())
+    assert torch.equal(rate.grad, grad)
+
+
+def test_its_own_prior_is_a_fair_coin():
+    latent = build(SpatialSpec(channels=3))
+    draws = latent.sample(noise(latent, 50, 400))
+    assert abs(draws.mean() - 0.5) < 5 * 0.5 / draws.numel() ** 0.5
+    assert bool((latent.predict(draws).rate == 0.5).all())

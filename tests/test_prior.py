@@ -1,0 +1,231 @@
+"""The masked prior: it sees what is known alone, learns what it is shown, and draws what it has learnt."""
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from spikegen.prior import MaskedSpec, SpikingSelfAttention
+from spikegen.spec import UserError
+from spikegen.stages import ThresholdNorm
+from spikegen.vae import ModelConfig, SpikingVAE
+
+GRID, STEPS, BATCH = (2, 3, 3), 2, 4
+BITS = STEPS * math.prod(GRID)
+LABELS = torch.tensor([0, 2, 1, 2])
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def build(labels=0, **values):
+    """A prior whose blocks are no longer the identity."""
+    values = {"channels": 8, "heads": 2, "blocks": 2, "attend_every": 1, "passes": 5, **values}
+    prior = MaskedSpec(**values).build(STEPS, GRID, labels, "auto")
+    with torch.no_grad():
+        for p in prior.parameters():
+            p.add_(torch.randn_like(p) * 0.3)
+    return prior.eval()
+
+
+def bits(batch=BATCH):
+    return (torch.rand(batch, STEPS * GRID[0], *GRID[1:]) < 0.5).float()
+
+
+def noise(prior, batch=BATCH):
+    rows, count = prior.noise_shape()
+    return torch.rand(rows, batch, count)
+
+
+@torch.no_grad()
+def test_what_is_masked_is_not_seen_and_what_is_known_is():
+    prior, one = build(), bits()
+    known = torch.rand_like(one) < 0.5
+    other = torch.where(known, one, 1 - one)
+    assert torch.equal(prior.logits(one, known, None), prior.logits(other, known, None))
+    changed = torch.where(known, 1 - one, one)
+    assert not torch.equal(prior.logits(one, known, None), prior.logits(changed, known, None))
+    # nor is an unknown bit taken for one that is known to be 0
+    assert not torch.equal(prior.logits(one * 0, known, None), prior.logits(one * 0, known | True, None))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("labels", [0, 3])
+def test_the_loss_is_the_mean_entropy_of_the_masked_bits(labels):
+    prior, x = build(labels), bits()
+    label = LABELS if labels else None
+    masked = torch.rand_like(x) < 0.4
+    odds = prior.logits(x, ~masked, label).sigmoid()
+    expected = [
+        -math.log(p if z else 1 - p)
+        for p, z, m in zip(odds.flatten().tolist(), x.flatten().tolist(), masked.flatten().tolist(), strict=True)
+        if m
+    ]
+    found = prior.cross_entropy(x, masked, label).item()
+    assert found == pytest.approx(sum(expected) / len(expected), rel=1e-4)
+
+
+def test_masks_follow_the_cosine():
+    prior, parts = build(), []
+    prior.cross_entropy = lambda x, masked, label: parts.append(masked.float().flatten(1).mean(1)) or x.sum()
+    for _ in range(50):
+        prior(torch.zeros(STEPS, 400, BITS // STEPS))
+    parts = torch.cat(parts)
+    assert abs(parts.mean() - 2 / math.pi) < 5 * 0.35 / len(parts) ** 0.5
+    # P(cos(pi u / 2) < 1/2) = 1/3; a part of few bits spreads about its expectation, evenly
+    assert abs((parts < 0.5).float().mean() - 1 / 3) < 0.06
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("passes", [1, 3, 36, 50])
+def test_every_bit_is_drawn_once_with_its_own_number_given_the_ones_before(passes):
+    prior = build(passes=passes)
+    uniform, seen = noise(prior), []
+    original = prior.logits
+    prior.logits = lambda z, known, label: seen.append((z.clone(), known.clone())) or original(z, known, label)
+    found = prior.sample(uniform)
+    assert found.shape == (STEPS, BATCH, BITS // STEPS)
+    assert bool(((found == 0) | (found == 1)).all())
+    grid = found.unflatten(2, GRID).transpose(0, 1).flatten(1, 2)
+    assert len(seen) == passes
+    draws = uniform[1].view(grid.shape)
+    order = uniform[0].view(grid.shape)
+    after = [known for _, known in seen[1:]] + [torch.ones_like(seen[0][1])]
+    for (z, known), then in zip(seen, after, strict=True):
+        assert bool((then | ~known).all())  # what is known stays known
+        now = then & ~known
+        assert torch.equal(torch.where(known, grid, torch.zeros_like(grid)), z)
+        assert torch.equal(grid[now], (draws < original(z, known, None).sigmoid()).float()[now])
+        for b, image in itertools.product(range(BATCH), [then]):
+            if 0 < image[b].sum() < BITS:
+                assert order[b][image[b]].max() <= order[b][~image[b]].min()
+    shares = [known.flatten(1).float().mean(1) for _, known in seen]
+    for i, share in enumerate(shares):
+        expected = torch.full_like(share, 1 - math.cos(math.pi / 2 * i / passes))
+        torch.testing.assert_close(share, expected, atol=0.5 / BITS + 1e-6, rtol=0)
+
+
+@torch.no_grad()
+def test_images_do_not_see_each_other():
+    prior, uniform = build(3), None
+    uniform = noise(prior)
+    found = prior.sample(uniform, LABELS)
+    for b in range(BATCH):
+        one = slice(b, b + 1)
+        assert torch.equal(prior.sample(uniform[:, one], LABELS[one]), found[:, one])
+
+
+@torch.no_grad()
+def test_samples_have_the_probabilities_that_the_network_states():
+    prior = build(passes=4)
+    odds = torch.randn(STEPS * GRID[0], *GRID[1:])
+    prior.logits = lambda z, known, label: odds.expand_as(z)
+    n = 5000
+    found = prior.sample(noise(prior, n)).unflatten(2, GRID).transpose(0, 1).flatten(1, 2)
+    p = odds.sigmoid()
+    chi_squared = ((found.mean(0) - p).square() * n / (p * (1 - p))).sum()
+    assert abs(chi_squared - BITS) < 5 * (2 * BITS) ** 0.5
+
+
+@torch.no_grad()
+def test_a_label_is_needed_and_matters_where_there_are_labels():
+    prior, x = build(3), bits()
+    known = torch.rand_like(x) < 0.5
+    assert not torch.equal(prior.logits(x, known, LABELS), prior.logits(x, known, (LABELS + 1) % 3))
+    with pytest.raises(UserError, match="label"):
+        prior.logits(x, known, None)
+
+
+def test_self_attention_is_the_products_of_its_spikes():
+    block = SpikingSelfAttention(MaskedSpec(channels=6, heads=3, blocks=1), "auto").eval()
+    u = torch.randn(2, 3, 6, 2, 3)
+    seen = {}
+    block.queries_keys_values.register_forward_hook(lambda m, a, out: seen.update(spikes=out[0]))
+    block.attended.register_forward_hook(lambda m, a, out: seen.update(counts=a[0]))
+    block(u)
+    q, k, v = seen["spikes"].flatten(3).chunk(3, 2)
+    for t, b, head, place in itertools.product(range(2), range(3), range(3), range(6)):
+        own = slice(2 * head, 2 * head + 2)
+        expected = sum(v[t, b, own, other] * (k[t, b, own, other] @ q[t, b, own, place]) for other in range(6))
+        torch.testing.assert_close(seen["counts"].flatten(3)[t, b, own, place], expected / 6)
+    assert bool(((seen["spikes"] == 0) | (seen["spikes"] == 1)).all())
+
+
+@pytest.mark.parametrize("values", [{}, {"attend_every": 0}, {"attention": None}, {"num_steps": 1}, {"blocks": 1}])
+def test_every_parameter_learns(values):
+    prior = build(3, **values).train()
+    prior(torch.rand(STEPS, BATCH, BITS // STEPS).round(), LABELS).backward()
+    for name, parameter in prior.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+
+
+def test_it_learns_bits_that_agree():
+    """All bits of an image are the same coin: once one is seen the others are certain."""
+    prior = MaskedSpec(channels=16, heads=2, blocks=2, attend_every=2, passes=BITS).build(STEPS, GRID, 0, "auto")
+    optimizer = torch.optim.AdamW(prior.parameters(), lr=5e-3)
+    for _ in range(600):
+        coin = (torch.rand(1, 32, 1) < 0.5).float().expand(STEPS, 32, BITS // STEPS)
+        optimizer.zero_grad()
+        prior(coin).backward()
+        optimizer.step()
+    rate = prior.eval().sample(noise(prior, 200)).mean((0, 2))
+    # independent coins would spread by 1/2 / sqrt(36) about a half: 1 in a thousand beyond a quarter
+    assert bool(((rate < 0.2) | (rate > 0.8)).float().mean() > 0.9)
+    assert 0.2 < rate.mean() < 0.8
+
+
+def test_heads_that_do_not_divide_are_refused():
+    with pytest.raises(UserError, match=r"prior\.network\.heads 3 does not divide channels 8"):
+        build(heads=3)
+
+
+# ---- in the model
+
+
+def model(**values):
+    config = {
+        "num_steps": STEPS,
+        "stages": [{"channels": 3}, {"channels": 5}],
+        "latent": {"kind": "spatial", "channels": 2},
+    }
+    torch.manual_seed(1)
+    return SpikingVAE(ModelConfig.model_validate({**config, **values}), (1, 8, 8), ("cat", "dog")).eval()
+
+
+def test_samples_come_from_the_learnt_prior_and_survive_saving(tmp_path):
+    vae = model(conditional=True)
+    for module in vae.modules():
+        if isinstance(module, ThresholdNorm):  # as lively as after training
+            module.running_var.fill_(0.05)
+    before = vae.sample(3)
+    spec = MaskedSpec(channels=8, heads=2, blocks=1, passes=3)
+    vae.add_prior(spec).eval()
+    found = vae.sample(70, seed=3)
+    assert not torch.equal(found[:3], before)
+    assert torch.equal(vae.sample(2, seed=3, first=67), found[67:69])
+    assert vae.sample_labels(70, seed=3).tolist() != vae.sample_labels(70, seed=4).tolist()
+    for k in range(3):
+        label = int(vae.sample_labels(1, seed=3, first=k))
+        assert torch.equal(vae.sample(1, seed=3, first=k, label=label)[0], found[k])
+    vae.save(tmp_path)
+    again = SpikingVAE.from_pretrained(tmp_path)
+    assert again.prior.spec == spec
+    assert torch.equal(again.sample(70, seed=3), found)
+
+
+def test_a_prior_needs_bits_on_a_grid():
+    with pytest.raises(UserError, match="spatial, not bernoulli"):
+        model(latent={"kind": "bernoulli", "size": 4, "candidates": 3}).add_prior(MaskedSpec())
+
+
+@torch.no_grad()
+def test_masked_logits_of_an_untrained_prior_are_even():
+    prior = MaskedSpec(channels=8, heads=2, blocks=2).build(STEPS, GRID, 0, "auto").eval()
+    x = bits()
+    logits = prior.logits(x, torch.zeros_like(x, dtype=torch.bool), None)
+    assert F.binary_cross_entropy_with_logits(logits, x) < 1.0
