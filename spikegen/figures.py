@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
@@ -174,7 +174,7 @@ def _recorder(gates: dict[str, Tensor], name: str) -> Callable[..., None]:
     return record
 
 
-def _labels(model: SpikingVAE, count: int) -> tuple[Float[Tensor, " N"], ...]:
+def _labels(model: SpikingVAE, count: int) -> tuple[Tensor, ...]:
     """Some label, where the prior asks for one: what is drawn does not depend on it."""
     return (torch.zeros(count, dtype=torch.int64, device=model.device),) if model.config.conditional else ()
 
