@@ -3,6 +3,7 @@
 import importlib
 import sys
 import traceback
+import warnings
 
 import click
 
@@ -46,6 +47,7 @@ num = click.IntRange(min=1)
 
 def entry() -> None:
     """Run a command; exit 0 done, 2 a mistake in the call or the config, 1 any other failure, 130 interrupted."""
+    warnings.showwarning = lambda message, *_: click.echo(f"Warning: {message}", err=True)
     try:
         sys.exit(main(standalone_mode=False) or 0)
     except click.exceptions.NoArgsIsHelpError as error:

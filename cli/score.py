@@ -1,6 +1,5 @@
 """spikegen score."""
 
-import warnings
 from pathlib import Path
 
 import click
@@ -30,7 +29,6 @@ def command(
     from spikegen.scoring import score
     from spikegen.storage import require_json, write_json
 
-    warnings.showwarning = lambda message, *_: click.echo(f"Warning: {message}", err=True)
     path = out or scores_path(source)
     require_json(path)
     names = tuple(metrics.split(",")) if metrics else None

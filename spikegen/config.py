@@ -28,7 +28,7 @@ MetricName = Literal[
 
 
 class LossesConfig(Spec):
-    """The weights of the loss: reconstruction (1) + prior + classification + firing rate."""
+    """The weights of the loss: reconstruction (1) + prior + certainty + classification + firing rate."""
 
     prior: Literal["mmd", "kl", "rbf"] = "mmd"
     """`mmd` and `kl` for a bernoulli latent, `rbf` for a poisson, `kl` for a gaussian or a spatial one."""
@@ -115,6 +115,14 @@ class Config(Spec):
         kind, chosen = self.model.latent.kind, self.training.losses.prior
         if chosen not in (right := PRIOR_LOSSES[kind]):
             raise ValueError(f"training.losses.prior is {chosen!r}; a {kind} latent takes {' or '.join(right)}")
+        if self.training.prior_lr != 1 and kind not in ("bernoulli", "poisson"):
+            raise ValueError(
+                f"training.prior_lr is for latents that learn a prior of their own, not {kind}; set it to 1"
+            )
+        if self.training.losses.certainty and kind == "gaussian":
+            raise ValueError("training.losses.certainty is of bits, which a gaussian latent has not; set it to 0")
+        if self.model.neuron.kind == "relu" and kind in ("bernoulli", "poisson"):
+            raise ValueError(f"model.neuron.kind is relu, but a {kind} latent draws from spikes; use lif")
         if self.prior is not None and kind != "spatial":
             raise ValueError(f"prior needs model.latent.kind spatial, not {kind}, which has a prior of its own")
         return self

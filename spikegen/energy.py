@@ -13,6 +13,7 @@ from spikegen.config import Config
 from spikegen.data import to_model
 from spikegen.kernels import Norm, choose
 from spikegen.neurons import LIF
+from spikegen.prior import SpikingSelfAttention
 from spikegen.vae import SAMPLE_CHUNK, SpikingVAE
 
 MAC_PICOJOULES, AC_PICOJOULES = 4.6, 0.9  # 45 nm, float32 (Horowitz 2014), as the papers count
@@ -81,10 +82,12 @@ def measure(model: SpikingVAE, call: Callable[[], Any], images: int) -> Profile:
     """Count what `call` makes the layers of `model` do; `images` is how many images it handles."""
     profile, hooks = Profile(images), []
     for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear | TCJA | LIF):
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear | TCJA | SpikingSelfAttention | LIF):
             cost = LayerCost(name, type(module).__name__)
             if isinstance(module, LIF):
                 _wrap_neuron(module, cost, profile)
+            elif isinstance(module, SpikingSelfAttention):
+                hooks.append(module.queries_keys_values.register_forward_hook(_pair_counter(module, cost, profile)))
             else:
                 hooks.append(module.register_forward_hook(_counter(cost, profile)))
     try:
@@ -112,6 +115,22 @@ def _counter(cost: LayerCost, profile: Profile) -> Callable[[nn.Module, tuple[Te
             cost.acs += done
         else:
             cost.macs += done
+
+    return count
+
+
+def _pair_counter(
+    block: SpikingSelfAttention, cost: LayerCost, profile: Profile
+) -> Callable[[nn.Module, tuple[Tensor, ...], tuple[Tensor, Tensor]], None]:
+    """V K^T of spikes costs an AC for every coincidence; its product with the spikes of Q adds counts, ACs again."""
+
+    def count(module: nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+        profile.layers[cost.name] = cost
+        q, k, v = output[0].flatten(3).unflatten(2, (3, block.heads, -1)).unbind(2)
+        cost.inputs, cost.active = cost.inputs + output[0].numel(), cost.active + output[0].count_nonzero().item()
+        # sum over places of (spikes of V there) (spikes of K there); and each spike of Q adds a row of counts
+        coincidences = (v.sum(-2) * k.sum(-2)).sum().item()
+        cost.acs += coincidences + q.sum().item() * q.shape[-2]
 
     return count
 

@@ -54,6 +54,9 @@ class Extractor(nn.Module):
         """Features (and logits) of uint8 images of any one size."""
         raise NotImplementedError
 
+    def check(self, shape: tuple[int, int, int]) -> None:
+        """UserError where images of `shape` = (channels, height, width) are not what it was made for; most resize."""
+
     @property
     def has_logits(self) -> bool:
         """Whether `forward` gives them."""
@@ -248,13 +251,16 @@ class AutoencoderExtractor(Extractor):
             nn.Conv2d(inputs, outputs, 3, stride=2, padding=1), nn.BatchNorm2d(outputs), nn.LeakyReLU()
         )
 
+    def check(self, shape: tuple[int, int, int]) -> None:
+        """UserError for images of another size or number of channels."""
+        if shape != (own := (self.channels, self.size, self.size)):
+            made, got = (f"{h}x{w} images with {c} channel{'s' * (c > 1)}" for c, h, w in (own, shape))
+            raise UserError(f"extractor autoencoder: made for {made}, not {got}")
+
     def forward(self, images: UInt8[Tensor, "N 3 H W"]) -> Features:
         """Features [N, d]; UserError for images of another size."""
-        if images.shape[2:] != (self.size, self.size):
-            size = f"{images.shape[2]}x{images.shape[3]}"
-            raise UserError(f"extractor autoencoder: made for {self.size}x{self.size} images, not {size}")
-        if self.channels == 1:
-            images = _grey(images)
+        self.check((self.channels, *images.shape[2:]))
+        images = images[:, : self.channels]  # of three equal ones, where the images are grey
         return Features(self.latent_layer(self.encoder(to_model(images)).flatten(1)), None)
 
 

@@ -41,7 +41,7 @@ def draw_all(run: Run, model: SpikingVAE, config: Config, count: int = 8) -> lis
         raise UserError(f"{run.path}: its data has no test images to draw")
     drawings: dict[str, Callable[[Path], bool]] = {
         "curves": lambda path: curves(run.rows(), path),
-        "progress": lambda path: progress(run.samples, model.image_shape, path),
+        "progress": lambda path: progress(run.samples, path),
         "spikes": lambda path: spikes(model, images, path),
         "attention": lambda path: attention(model, images, path),
         "interpolations": lambda path: interpolations(model, images, path),
@@ -68,13 +68,19 @@ def curves(rows: list[dict[str, Any]], path: Path) -> bool:
     return True
 
 
-def progress(samples: Path, shape: tuple[int, int, int], path: Path, columns: int = 8) -> bool:
-    """The first row of every grid that training left, the earliest on top; False where it left none."""
+def progress(samples: Path, path: Path, columns: int = 8, most: int = 16) -> bool:
+    """The first row of the grids that training left, evenly chosen, the earliest on top; False where it left none."""
+    files = [f for f in sorted(samples.glob("*.png")) if f.stem.isdecimal()]
+    if len(files) > most:
+        files = [files[round(k * (len(files) - 1) / (most - 1))] for k in range(most)]
     rows = []
-    for file in sorted(samples.glob("*.png")):
-        with Image.open(file) as grid:
-            width, height = grid.size
-            rows.append((file.stem, np.asarray(grid.convert("RGB").crop((0, 0, width, height // columns)))))
+    for file in files:
+        try:
+            with Image.open(file) as grid:
+                width, height = grid.size
+                rows.append((file.stem, np.asarray(grid.convert("RGB").crop((0, 0, width, height // columns)))))
+        except (OSError, SyntaxError, ValueError):
+            raise UserError(f"{file}: cannot be read as an image; remove it") from None
     if not rows:
         return False
     figure = Figure(figsize=(6, 0.85 * len(rows)), layout="constrained")
@@ -157,7 +163,7 @@ def neighbours(model: SpikingVAE, config: Config, path: Path, count: int = 8, ne
         network = load_extractor("cnn", config.data.name, model.device)
         own, real = (extract(x.split(BATCH), network).features for x in (samples, train))
     else:
-        own, real = (x.flatten(1).float() for x in (samples, train))
+        own, real = samples.flatten(1), train.flatten(1)  # turned into floats a block at a time
     found = train[nearest(own, real, near).cpu()]
     save_grid(torch.cat([samples.unsqueeze(1), found], 1).flatten(0, 1), path, 1 + found.shape[1])
     return True

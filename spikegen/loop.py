@@ -2,10 +2,11 @@
 
 import hashlib
 import math
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -20,7 +21,7 @@ from spikegen.plots import save_grid
 from spikegen.progress import progress_bar
 from spikegen.runs import Run
 from spikegen.spec import UserError
-from spikegen.stopping import Interrupted, stop_signals
+from spikegen.stopping import Interrupted
 from spikegen.vae import SpikingVAE
 
 Parts = dict[str, Tensor]
@@ -42,6 +43,8 @@ class Session:
     test_set: ImageSet
     engine: str
     writer: SummaryWriter | None
+    stop: threading.Event
+    """Set by SIGINT and SIGTERM."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,7 @@ def run_phase(session: Session, phase: Phase, state: State | None) -> None:
                     session.writer.add_scalar(key, value, row["images_seen"])
 
     share = settings.batch_size // ranks
-    with progress_bar(accelerator.is_main_process) as bar, stop_signals() as stop:
+    with progress_bar(accelerator.is_main_process) as bar:
         name = ("training", "training the prior")[phase.number]
         task = bar.add_task(name, total=total * settings.batch_size, completed=step * settings.batch_size, info="")
         wrapped.train()
@@ -142,16 +145,26 @@ def run_phase(session: Session, phase: Phase, state: State | None) -> None:
                 bar.update(task, info=_info(row))
             bar.update(task, completed=now)
             due = _crossed(seen, now, every.checkpoint_every) or step == total
-            stopping, pause = _anywhere(accelerator, stop.is_set()), time.perf_counter()
+            stopping, pause = _anywhere(accelerator, session.stop.is_set()), time.perf_counter()
             if due and accelerator.is_main_process:
                 log({"images_seen": clock, **phase.evaluate()})
                 save_grid(to_uint8(phase.product.sample(64)), run.samples / f"{clock:012d}.png")
             if due or stopping:
                 save(step)
             if stopping and step < total:
-                raise Interrupted(f"stopped after {clock} images; go on with --resume")
+                raise _interrupted(clock)
             meter.start += time.perf_counter() - pause
     accelerator.wait_for_everyone()
+
+
+def leave_if_stopped(session: Session, images_seen: int) -> None:
+    """Between two phases: Interrupted where a signal came while the first one ended and was saved."""
+    if _anywhere(session.accelerator, session.stop.is_set()):
+        raise _interrupted(images_seen)
+
+
+def _interrupted(images_seen: int) -> Interrupted:
+    return Interrupted(f"stopped after {images_seen} images; go on with --resume")
 
 
 # ---- parts of the loop -----------------------------------------------------------------------------------------------
@@ -161,8 +174,8 @@ def _optimizer(phase: Phase) -> torch.optim.Optimizer:
     """AdamW; a latent's own prior may learn at another rate (ESVAE's at ten times the others')."""
     factor = getattr(phase.settings, "prior_lr", 1.0)
     own: list[nn.Parameter] = []
-    if factor != 1 and isinstance(phase.module, SpikingVAE) and isinstance(phase.module.latent.prior, nn.Module):
-        own = list(phase.module.latent.prior.parameters())
+    if factor != 1 and isinstance(phase.module, SpikingVAE):
+        own = list(cast(nn.Module, phase.module.latent.prior).parameters())
     ids = {id(p) for p in own}
     groups: list[dict[str, Any]] = [
         {"params": [p for p in phase.module.parameters() if id(p) not in ids], "factor": 1.0},
@@ -176,12 +189,15 @@ def _optimizer(phase: Phase) -> torch.optim.Optimizer:
 
 def _restore(state: State, phase: Phase, optimizer: torch.optim.Optimizer, meter: "_Meter", run: Run) -> int:
     """Load a checkpoint of this phase; the step it was made after."""
+    factors = [group["factor"] for group in optimizer.param_groups]
     try:
         for name, part in (("model", phase.module), ("average", phase.average), ("optimizer", optimizer)):
             part.load_state_dict(state[name])
+        for group, factor in zip(optimizer.param_groups, factors, strict=True):
+            group["factor"] = factor  # the config's, not the checkpoint's
         meter.resume(state["sums"], state["sums_steps"])
         return int(state["step"])
-    except (LookupError, TypeError, ValueError, RuntimeError):
+    except (LookupError, TypeError, ValueError, RuntimeError, AttributeError):
         raise foreign_checkpoint(run) from None
 
 

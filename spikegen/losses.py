@@ -25,7 +25,7 @@ def post_synaptic_potential(z: Float[Tensor, "T *n"], tau: float = 2.0) -> Float
 def mmd(posterior: Posterior, prior: Prior, tau: float = 2.0) -> Float[Tensor, ""]:
     """FSVAE's MMD^2 between q and p in the kernel of post-synaptic potentials, as the mean over t, batch and bits.
 
-    The paper's formula sums over t; the code that made its figures takes the mean, and so do we.
+    The paper sums squared norms over t; the code that made its figures takes the mean over all, and so do we.
     """
     return F.mse_loss(
         post_synaptic_potential(posterior.rate.float(), tau), post_synaptic_potential(prior.rate.float(), tau)

@@ -7,7 +7,7 @@ k = 5). torch-fidelity has the first two without an interval; they are the tests
 from collections.abc import Iterator
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
 from spikegen.metrics import Interval, mean_interval
@@ -52,10 +52,16 @@ def novelty(generated: Float[Tensor, "N d"], test: Float[Tensor, "M d"], train: 
     return Interval(value, low_value, high_value)
 
 
-def nearest(x: Float[Tensor, "N d"], among: Float[Tensor, "M d"], count: int) -> Int64[Tensor, "N k"]:
-    """Which `count` of `among` are nearest to each of `x`, the nearest first."""
-    parts = [d.topk(min(count, len(among)), largest=False).indices for d in _distances(x, among)]
-    return torch.cat(parts)
+def nearest(x: Shaped[Tensor, "N d"], among: Shaped[Tensor, "M d"], count: int) -> Int64[Tensor, "N k"]:
+    """Which `count` of `among` (of any dtype, and many) are nearest to each of `x`, the nearest first."""
+    values, indices = x.new_empty(len(x), 0, dtype=torch.float64), x.new_empty(len(x), 0, dtype=torch.int64)
+    for start in range(0, len(among), 10 * BLOCK):
+        block = torch.cat(list(_distances(x, among[start : start + 10 * BLOCK])))
+        places = torch.arange(start, start + block.shape[1], device=x.device).expand_as(block)
+        values, indices = torch.cat([values, block], 1), torch.cat([indices, places], 1)
+        values, chosen = values.topk(min(count, values.shape[1]), largest=False)
+        indices = indices.gather(1, chosen)
+    return indices
 
 
 def radii(x: Float[Tensor, "N d"], k: int) -> Float[Tensor, " N"]:
@@ -77,5 +83,6 @@ def _nearest(x: Tensor, among: Tensor, count: int) -> Tensor:
 
 def _distances(x: Tensor, y: Tensor) -> Iterator[Tensor]:
     """Rows of the distance matrix, in float64: as a matrix product float32 would round small distances away."""
-    for part in x.double().split(BLOCK):
-        yield torch.cdist(part, y.double())
+    y = y.double()
+    for part in x.split(BLOCK):
+        yield torch.cdist(part.double(), y)

@@ -158,6 +158,7 @@ def reconstruction_mse(reconstruct: Network, images: UInt8[Tensor, "N C H W"], b
 
 
 RECONSTRUCTION = ("mse", "psnr", "ssim")
+SSIM_WINDOW = 11  # pixels: the usual one
 
 
 def reconstruction(

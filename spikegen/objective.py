@@ -18,8 +18,8 @@ def loss_parts(
     prior = prior_term(output, spec)
     parts = {"loss/recon": recon, "recon": recon, "loss/prior": spec.prior_weight * prior, "prior": prior}
     if spec.certainty and isinstance(output.posterior, Posterior):
-        entropy = losses.entropy(output.posterior)
-        parts |= {"loss/entropy": spec.certainty * entropy, "entropy": entropy}
+        uncertainty = losses.entropy(output.posterior)
+        parts |= {"loss/entropy": spec.certainty * uncertainty, "entropy": uncertainty}
     if output.logits is not None and label is not None and spec.classification is not None:
         entropy = losses.classification(output.logits, label)
         parts |= {"loss/classification": spec.classification * entropy, "classification": entropy}

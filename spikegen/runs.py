@@ -2,6 +2,7 @@
 
 import json
 import re
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -146,7 +147,12 @@ def open_run(source: str | Path, device: str = "auto") -> tuple[SpikingVAE, Conf
 def generate(
     model: SpikingVAE, num: int, seed: int = 0, label: int | None = None
 ) -> Iterator[UInt8[Tensor, "B C H W"]]:
-    """Samples 0 .. num-1 of a seed as uint8, a chunk at a time, under a progress bar."""
+    """Samples 0 .. num-1 of a seed as uint8, a chunk at a time, under a progress bar.
+
+    UserWarning where a spatial latent has no learnt prior (yet): its samples are decoded coin tosses.
+    """
+    if model.config.latent.kind == "spatial" and model.prior is None:
+        warnings.warn("this model has no learnt prior yet: its samples are of coin tosses", stacklevel=2)
     with progress_bar() as bar:
         task = bar.add_task("sampling", total=num, info="")
         for images in model.samples(num, seed=seed, label=label):

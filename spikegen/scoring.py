@@ -1,6 +1,6 @@
 """Scores: how near generated images are to real ones, how diverse, how well images are copied.
 
-Every image is uint8 here and passes the extractor once; `metrics` and `manifold` compute the rest from its features.
+Every image is uint8 here; `metrics` and `manifold` compute the rest from the extractor's features.
 """
 
 import functools
@@ -20,6 +20,7 @@ from spikegen.features import extract, file_hash, published_statistics, real_sta
 from spikegen.manifold import coverage, density, novelty, precision, recall
 from spikegen.metrics import (
     RECONSTRUCTION,
+    SSIM_WINDOW,
     Interval,
     Network,
     Statistics,
@@ -102,7 +103,7 @@ def score(
     images, by fid and is. `protocol` names a paper's way to score (`fsvae`), which fixes how many images, the
     metrics and what extractor; `statistics` is an .npz file of the real images' features as its authors publish it.
     """
-    fixed = _protocol(protocol, extractor, num, metrics)
+    fixed = _protocol(protocol, num, metrics)
     given, device = Path(source), pick_device(device)
     if given.is_dir() and not any((given / name).exists() for name in ("config.yaml", "config.json")):
         return _score_folder(given, reference, metrics, num, extractor, device, fixed, statistics)
@@ -111,7 +112,7 @@ def score(
         raise UserError(f"{source} names no data: give --reference, a data set's name or a folder")
     choice, data = (config.scoring, config.data) if config else (ScoringConfig(), None)
     real = load_reference(reference or (data.name if data else ""), model.image_shape, data)
-    network = _load_network(extractor or choice.extractor, real, device)
+    network = _load_network(extractor or choice.extractor, real, device, fixed)
     other_shape = image_shape(real.images) != tuple(model.image_shape)
     chosen = metrics or (fixed.metrics if fixed else choice.metrics)
     count = num or (fixed.num if fixed else choice.num)
@@ -149,10 +150,11 @@ def _score_folder(
 ) -> Score:
     if reference is None:
         raise UserError(f"{source} is a folder of images: give --reference, a data set's name or a folder")
-    images = read_folder(source, num)
+    images = read_folder(source, num or (fixed.num if fixed else None))
     real = load_reference(reference, image_shape(images))
-    network = _load_network(extractor, real, device)
-    chosen = metrics or tuple(m for m in (fixed.metrics if fixed else ("fid", "is")) if not _lacking(m, real, network))
+    network = _load_network(extractor, real, device, fixed)
+    usual = fixed.metrics if fixed else ("fid", "fad", "is")
+    chosen = metrics or tuple(m for m in usual if not _lacking(m, real, network))
     if fixed and len(images) != fixed.num:
         raise UserError(f"--protocol {fixed.name} takes {fixed.num} images; {source} has {len(images)}")
     return score_sets(
@@ -160,18 +162,13 @@ def _score_folder(
     )
 
 
-def _protocol(
-    name: str | None, extractor: str | None, num: int | None, metrics: tuple[str, ...] | None
-) -> Protocol | None:
+def _protocol(name: str | None, num: int | None, metrics: tuple[str, ...] | None) -> Protocol | None:
     """The protocol, after what is chosen beside it is found to agree."""
     if name is None:
         return None
     if name not in PROTOCOLS:
         raise UserError(f"protocol {name!r}: {suggest(name, list(PROTOCOLS))}")
     fixed = PROTOCOLS[name]
-    kind = (extractor or "").partition(":")[0]
-    if kind != fixed.extractor:
-        raise UserError(f"--protocol {name} needs --extractor {fixed.extractor}:PATH, {fixed.hint}")
     if num not in (None, fixed.num):
         raise UserError(f"--protocol {name} takes {fixed.num} images, not {num}; leave --num out")
     if metrics and (other := [m for m in metrics if m not in fixed.metrics]):
@@ -179,8 +176,17 @@ def _protocol(
     return fixed
 
 
-def _load_network(name: str | None, real: Reference, device: str) -> Extractor:
-    return load_extractor(name or default_extractor(real.data_name), real.data_name, device)
+def _load_network(name: str | None, real: Reference, device: str, fixed: Protocol | None) -> Extractor:
+    """The extractor, after it is found to fit the images and the protocol."""
+    name = name or default_extractor(real.data_name)
+    if fixed and name.partition(":")[0] != fixed.extractor:
+        raise UserError(f"--protocol {fixed.name} needs --extractor {fixed.extractor}:PATH, {fixed.hint}")
+    if fixed and real.split != "test":
+        right = f"the test split of a data set as reference, not {real.name}"
+        raise UserError(f"--protocol {fixed.name} takes {right}{f':{real.split}' if real.split else ''}")
+    network = load_extractor(name, real.data_name, device)
+    network.check(image_shape(real.images))
+    return network
 
 
 def _cache_folder() -> Path:
@@ -206,6 +212,8 @@ def score_sets(
     images than it needs, or the generated ones are all the same.
     """
     source = source or Source()
+    if not metrics:
+        raise UserError(f"metrics: none of those that were to be computed can be had with {extractor.name} here")
     _check_metrics(metrics, reference, extractor, source)
     if statistics is not None and not set(metrics) & set(FRECHET):
         raise UserError(f"--statistics serves only {', '.join(FRECHET)}; leave it out")
@@ -217,10 +225,11 @@ def score_sets(
     if bool((seen.features == seen.features[:1]).all()):
         warnings.warn(f"all {count} generated images look the same to the extractor", ScoreWarning, stacklevel=2)
     truth = functools.cache(lambda: extract(real.split(BATCH), extractor).features)
+    whole = bool(set(metrics) & {"kid", "precision", "recall", "density", "coverage", "novelty"})
     copies: dict[str, Interval] = {}
 
     def real_side() -> Statistics:
-        return held or real_statistics(reference, extractor, cache)
+        return held or real_statistics(reference, extractor, cache, truth if whole else None)
 
     def copied(metric: str) -> Interval:
         if not copies:
@@ -253,7 +262,15 @@ def score_sets(
     settings |= {"protocol": protocol.name if protocol else "spikegen"} | (source.settings or {})
     if statistics is not None:
         settings["statistics_sha256"] = file_hash(Path(statistics))
-    return Score({metric: compute[metric]() for metric in metrics}, settings)
+    return Score({metric: _named(metric, compute[metric]) for metric in metrics}, settings)
+
+
+def _named(metric: str, compute: Callable[[], Interval]) -> Interval:
+    """The metric, its name in front of what is wrong with it."""
+    try:
+        return compute()
+    except UserError as error:
+        raise UserError(f"{metric}: {error}") from None
 
 
 def _lacking(metric: str, reference: Reference, extractor: Extractor, source: Source | None = None) -> str | None:
@@ -272,11 +289,12 @@ def _lacking(metric: str, reference: Reference, extractor: Extractor, source: So
         "agreement": (
             classes and source.labels is not None, "a conditional model and the cnn extractor of its classes"
         ),
+        "ssim": (min(reference.images.shape[2:]) >= SSIM_WINDOW, f"images of {SSIM_WINDOW}x{SSIM_WINDOW} or larger"),
         "accuracy": (source.classify is not None and reference.labels is not None,
                      "a model with a head and a labelled reference"),
-        **dict.fromkeys(RECONSTRUCTION, (source.reconstruct is not None,
-                                         "a model that reconstructs images of the reference's size, not a folder")),
     }  # fmt: skip
+    if metric in RECONSTRUCTION and source.reconstruct is None:
+        return "a model that reconstructs images of the reference's size, not a folder"
     right, says = needs.get(metric, (True, ""))
     return None if right else says
 

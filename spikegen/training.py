@@ -7,18 +7,20 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from spikegen.config import Config, PriorConfig
 from spikegen.data import ImageSet, to_model
 from spikegen.kernels import choose
-from spikegen.loop import Parts, Phase, Session, State, average_of, foreign_checkpoint, run_phase
+from spikegen.loop import Parts, Phase, Session, State, average_of, foreign_checkpoint, leave_if_stopped, run_phase
 from spikegen.metrics import accuracy, reconstruction_mse
 from spikegen.objective import loss_parts
 from spikegen.prior import MaskedPrior
 from spikegen.runs import Run, pick_device
 from spikegen.spec import UserError
+from spikegen.stopping import stop_signals
 from spikegen.vae import SpikingVAE
 
 DEVICE_LIMIT = 2 * 1024**3
@@ -37,9 +39,11 @@ def train(config: Config, out: str | Path, *, resume: bool = False, device: str 
     accelerator = Accelerator(cpu=wanted == "cpu", mixed_precision="no")  # precision is training.precision's alone
     if accelerator.device.type != wanted:
         raise UserError(f"this process has trained on {accelerator.device.type}; to train on {wanted}, start another")
-    for key, batch in _batch_sizes(config):
+    for key, batch, steps in _batch_sizes(config):
         if batch % accelerator.num_processes:
             raise UserError(f"{key} {batch} is not divisible by {accelerator.num_processes} processes")
+        if batch // accelerator.num_processes * steps < 2:
+            raise UserError(f"{key} {batch} gives norms a single value in {steps} step; use 2 a process or more")
     engine = choose(config.model.engine, wanted, steps=config.model.num_steps)
     dry_run(config)  # finds what cannot be built before the data is fetched
     if resume:
@@ -51,9 +55,7 @@ def train(config: Config, out: str | Path, *, resume: bool = False, device: str 
     if accelerator.device.type == "cuda" and train_set.images.nbytes <= DEVICE_LIMIT:
         train_set = _move(train_set, accelerator.device)
     state: State | None = run.load_checkpoint(accelerator.device) if resume else None
-    if state is not None and not ({"images_seen", "step"} <= state.keys()):
-        raise foreign_checkpoint(run)
-    seen = int(state["images_seen"]) if state else 0
+    number, seen = _place(state, config, run)
     if accelerator.is_main_process:
         if resume:
             run.forget_after(seen)
@@ -63,15 +65,15 @@ def train(config: Config, out: str | Path, *, resume: bool = False, device: str 
     writer = None
     if settings.tensorboard and accelerator.is_main_process:
         writer = SummaryWriter(str(run.tensorboard), purge_step=seen + 1 if resume else None)
-    with writer or nullcontext():
-        session = Session(run, config, accelerator, train_set, test_set, engine, writer)
-        number = int(state.get("phase", 0)) if state else 0
+    with writer or nullcontext(), stop_signals() as stop:
+        session = Session(run, config, accelerator, train_set, test_set, engine, writer, stop)
         torch.manual_seed(settings.seed)
         model = build_model(config, train_set.classes).to(accelerator.device)
         first = _autoencoder_phase(session, model)
         if number == 0:
             run_phase(session, first, state)
         if config.prior is not None:
+            leave_if_stopped(session, first.last)
             torch.manual_seed(settings.seed + 1)
             if number == 1:
                 _load_frozen(first.product, state, run)
@@ -120,6 +122,9 @@ def _autoencoder_phase(session: Session, model: SpikingVAE) -> Phase:
 def _prior_phase(session: Session, vae: SpikingVAE, settings: PriorConfig, seen: int) -> Phase:
     """The prior over the spikes of `vae`, which is frozen: the average that the first phase left."""
     vae.requires_grad_(False)
+    if session.accelerator.num_processes > 1:
+        for statistics in vae.buffers():  # of norms: each process has its own; the first one's are what is saved
+            broadcast(statistics)
     frozen = {k: v.clone() for k, v in vae.state_dict().items()}
     prior = vae.add_prior(settings.network)
     average = average_of(prior, settings.ema)
@@ -137,6 +142,16 @@ def _prior_phase(session: Session, vae: SpikingVAE, settings: PriorConfig, seen:
 
     kept = {"vae": frozen}
     return Phase(1, settings, len(session.train_set), seen, prior, average, vae, loss, evaluate, kept=lambda: kept)
+
+
+def _place(state: State | None, config: Config, run: Run) -> tuple[int, int]:
+    """The phase that a checkpoint is of, and the images seen before it."""
+    if state is None:
+        return 0, 0
+    number, seen, step = state.get("phase", 0), state.get("images_seen"), state.get("step")
+    if number not in range(2 if config.prior else 1) or not isinstance(seen, int) or not isinstance(step, int):
+        raise foreign_checkpoint(run)
+    return int(number), seen
 
 
 def _load_frozen(vae: SpikingVAE, state: State | None, run: Run) -> None:
@@ -183,10 +198,11 @@ def _evaluate_prior(vae: SpikingVAE, prior: MaskedPrior, data: ImageSet, config:
 # ---- parts of the above ----------------------------------------------------------------------------------------------
 
 
-def _batch_sizes(config: Config) -> Iterator[tuple[str, int]]:
-    yield "training.batch_size", config.training.batch_size
+def _batch_sizes(config: Config) -> Iterator[tuple[str, int, int]]:
+    """Each phase's key, batch size and time steps, over which norms take their statistics too."""
+    yield "training.batch_size", config.training.batch_size, config.model.num_steps
     if config.prior is not None:
-        yield "prior.batch_size", config.prior.batch_size
+        yield "prior.batch_size", config.prior.batch_size, config.prior.network.num_steps
 
 
 def _move(data: ImageSet, device: torch.device) -> ImageSet:

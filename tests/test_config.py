@@ -109,6 +109,12 @@ def test_the_ann_vae_has_no_spikes_and_its_papers_weight(data: str, batches: int
     [
         (["model.latent={kind: poisson}"], "losses.prior is 'kl'; a poisson latent takes rbf"),
         (["model.latent={kind: spatial}", "training.losses.prior=mmd"], "a spatial latent takes kl"),
+        (["training.prior_lr=10", "model.latent={kind: spatial}"], "prior_lr is for latents"),
+        (["model.neuron={kind: relu}"], "draws from spikes; use lif"),
+        (
+            ["model.latent={kind: gaussian}", "model.conditional=false", "training.losses.certainty=1"],
+            "a gaussian latent has not",
+        ),
         (["prior={epochs: 1}"], "prior needs model.latent.kind spatial, not bernoulli"),
         (["model.latent={kind: spatial}", "prior={epoch: 1}"], "did you mean epochs"),
         (["model.neuron={kind: relu, beta: 0.5}"], "model.neuron.beta"),

@@ -1,5 +1,6 @@
 """Costs are what can be counted by hand, and measuring leaves the model as it was."""
 
+import itertools
 import math
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch import nn
 
 from spikegen.energy import AC_PICOJOULES, MAC_PICOJOULES, dense_macs, measure
+from spikegen.prior import MaskedSpec, SpikingSelfAttention
 from spikegen.vae import ModelConfig, SpikingVAE
 
 STEPS, CHANNELS, SIZE, K, IMAGES = 3, 2, 3, 2, 4
@@ -209,3 +211,22 @@ def test_costs_an_image_do_not_depend_on_how_many_are_measured():
     assert math.isclose(once.macs, twice.macs)
     assert math.isclose(once.acs, twice.acs)
     assert math.isclose(once.firing_rate, twice.firing_rate)
+
+
+def test_self_attention_counts_the_coincidences_of_its_spikes():
+    torch.manual_seed(0)
+    block = SpikingSelfAttention(MaskedSpec(channels=4, heads=2, blocks=1), "auto").eval()
+    model = torch.nn.ModuleDict({"attention": block})
+    seen = []
+    block.queries_keys_values.register_forward_hook(lambda m, a, out: seen.append(out[0]))
+    u = torch.randn(2, 3, 4, 2, 2)
+    cost = measure(model, lambda: block(u), 3).layers["attention"]
+    q, k, v = seen[0].flatten(3).chunk(3, 2)
+    expected = 0.0
+    for t, b, head, place in itertools.product(range(2), range(3), range(2), range(4)):
+        own = slice(2 * head, 2 * head + 2)
+        for row, column in itertools.product(range(2), range(2)):
+            expected += (v[t, b, own, place][row] * k[t, b, own, place][column]).item()  # a coincidence is one addition
+        expected += q[t, b, own, place].sum().item() * 2  # a spike of Q adds the two counts of its column
+    assert cost.acs == expected > 0
+    assert cost.macs == 0

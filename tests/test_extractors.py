@@ -242,8 +242,10 @@ def test_the_autoencoders_features_are_its_layers(tmp_path, channels, size, widt
 def test_an_autoencoder_takes_its_own_size_only(tmp_path):
     torch.save(autoencoder_state(), tmp_path / "ae.pth")
     extractor = load_extractor(f"autoencoder:{tmp_path / 'ae.pth'}", "mnist", "cpu")
-    with pytest.raises(UserError, match="made for 32x32 images, not 28x28"):
+    with pytest.raises(UserError, match="made for 32x32 images with 1 channel, not 28x28 images with 1 channel"):
         extractor(torch.zeros(2, 3, 28, 28, dtype=torch.uint8))
+    with pytest.raises(UserError, match="made for 32x32 images with 1 channel, not 32x32 images with 3 channels"):
+        extractor.check((3, 32, 32))
 
 
 @pytest.mark.parametrize("lost", ["encoder.0.0.weight", "latent_layer.weight", "encoder.1.1.running_var"])

@@ -1,12 +1,14 @@
 """Losses: each against its formula, a loop, or torch's own."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.distributions import Bernoulli, kl_divergence
 
 from spikegen import losses
-from spikegen.latents import Posterior, Prior
+from spikegen.latents import GaussianPosterior, Posterior, Prior
 
 
 @pytest.fixture(autouse=True)
@@ -95,3 +97,53 @@ def test_firing_rate_counts_only_the_excess():
     assert loss.item() == pytest.approx((0.1**2 + 0.5**2) / 4)
     loss.backward()
     assert measured.grad.tolist() == pytest.approx([0, 0, 2 * 0.1 / 4, 2 * 0.5 / 4])
+
+
+# ---- the other latents' terms ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("batch", "size"), [(2, 1), (5, 3), (16, 7)])
+def test_rbf_mmd_is_a_sum_over_pairs(batch, size):
+    q, p = torch.rand(3, batch, size), torch.rand(3, batch, size)
+    x, y = q.mean(0).tolist(), p.mean(0).tolist()
+    both = x + y
+
+    def squared(a, b):
+        return sum((u - v) ** 2 for u, v in zip(a, b, strict=True))
+
+    pairs = [squared(a, b) for i, a in enumerate(both) for j, b in enumerate(both) if i != j]
+    bandwidth = sum(pairs) / len(pairs) / 2**2  # multiplier 2, five kernels: the middle one is the mean
+
+    def kernel(a, b):
+        return sum(math.exp(-squared(a, b) / (bandwidth * 2**i)) for i in range(5))
+
+    def mean(us, vs):
+        return sum(kernel(u, v) for u in us for v in vs) / batch**2
+
+    expected = mean(x, x) + mean(y, y) - 2 * mean(x, y)
+    assert losses.rbf_mmd(Posterior(q, q), Prior(p)).item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_rbf_mmd_of_the_same_rates_is_zero_with_a_finite_gradient():
+    q = torch.rand(2, 6, 3).requires_grad_()
+    assert losses.rbf_mmd(Posterior(q, q), Prior(q.detach())).item() == pytest.approx(0, abs=1e-5)
+    alike = torch.full((2, 6, 3), 0.5).requires_grad_()
+    losses.rbf_mmd(Posterior(alike, alike), Prior(torch.full((2, 6, 3), 0.5))).backward()
+    assert alike.grad.isfinite().all()
+
+
+def test_the_gaussian_kl_is_torchs():
+    mean, log_var = torch.randn(5, 4), torch.randn(5, 4)
+    posterior = GaussianPosterior(mean.expand(2, -1, -1), mean, log_var)
+    q = torch.distributions.Normal(mean, (log_var / 2).exp())
+    expected = torch.distributions.kl_divergence(q, torch.distributions.Normal(0.0, 1.0)).sum(-1).mean()
+    torch.testing.assert_close(losses.gaussian_kl(posterior), expected)
+
+
+def test_the_entropy_is_torchs_and_its_gradient_finite_where_a_bit_is_certain():
+    q = torch.rand(3, 5, 4)
+    expected = torch.distributions.Bernoulli(q).entropy().mean()
+    torch.testing.assert_close(losses.entropy(Posterior(q, q)), expected)
+    certain = torch.tensor([0.0, 1.0, 0.5]).view(1, 1, 3).requires_grad_()
+    losses.entropy(Posterior(certain, certain)).backward()
+    assert certain.grad.isfinite().all()

@@ -65,6 +65,8 @@ def test_every_parameter_learns(spec):
     for name, parameter in latent.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
+        if not name.endswith("bias"):  # a bias before a norm has none
+            assert parameter.grad.abs().sum() > 0, name
 
 
 # ---- poisson

@@ -320,13 +320,15 @@ def test_statistics_are_of_no_use_to_other_metrics(tmp_path):
         ({"protocol": "fsvea"}, "did you mean fsvae"),
         ({"protocol": "fsvae"}, "needs --extractor autoencoder:PATH"),
         ({"protocol": "fsvae", "extractor": "cnn"}, "needs --extractor autoencoder:PATH"),
+        ({"protocol": "fsvae", "extractor": "autoencoder:x", "reference": "digits:train"}, "not digits:train"),
         ({"protocol": "fsvae", "extractor": "autoencoder:x", "num": 100}, "takes 5120 images, not 100"),
         ({"protocol": "fsvae", "extractor": "autoencoder:x", "metrics": ("fid",)}, "not fid"),
     ],
 )
 def test_a_protocol_is_kept_or_refused(tmp_path, choices, says):
+    save(noise(3), tmp_path)
     with pytest.raises(UserError, match=says):
-        score(tmp_path, "digits", **choices)
+        score(tmp_path, **{"reference": "digits", **choices})
 
 
 def test_images_all_alike_are_named():
