@@ -42,9 +42,16 @@ class MaskedSpec(Spec):
     passes: int = Field(16, ge=1, le=2**16)
     temperature: float = Field(1.0, gt=0)
     """What the logits are divided by in sampling."""
+    label_dropout: float = Field(0.1, ge=0, lt=1)
+    """The part of the images whose label training hides, so that the network knows what is likely without one."""
+    guidance: float = Field(0.0, ge=0)
+    """In sampling, how many times further the label moves the logits (classifier-free guidance, arXiv 2207.12598)."""
 
     def build(self, num_steps: int, grid: Grid, num_labels: int, engine: Engine) -> "MaskedPrior":
         """The prior of spikes [`num_steps`, B, channels * height * width] on `grid` = (channels, height, width)."""
+        if self.guidance and not (num_labels and self.label_dropout):
+            needs = "model.conditional and a label_dropout above 0"
+            raise UserError(f"prior.network.guidance {self.guidance} needs {needs}; set it to 0")
         if self.channels % self.heads:
             raise UserError(f"prior.network.heads {self.heads} does not divide channels {self.channels}")
         return MaskedPrior(self, num_steps, grid, num_labels, engine)
@@ -97,7 +104,7 @@ class MaskedPrior(nn.Module):
         bits = num_steps * channels
         self.stem = nn.Conv2d(2 * bits, spec.channels, 3, padding=1)
         self.place = nn.Parameter(torch.zeros(spec.channels, height, width))
-        self.label = nn.Embedding(num_labels, spec.channels) if num_labels else None
+        self.label = nn.Embedding(num_labels + 1, spec.channels) if num_labels else None  # the last one: no label
         blocks: list[nn.Module] = []
         for i in range(1, spec.blocks + 1):
             blocks.append(Residual(spec, engine))
@@ -114,6 +121,9 @@ class MaskedPrior(nn.Module):
         Of each image a part cos(pi u / 2) is masked, u uniform: the parts that sampling meets.
         """
         bits = self._to_grid(spikes)
+        if self.training and label is not None and self.label is not None:
+            hidden = torch.rand(len(label), device=label.device) < self.spec.label_dropout
+            label = torch.where(hidden, self._no_label(label), label)
         part = torch.cos(torch.rand(len(bits), 1, 1, 1, device=bits.device) * (math.pi / 2))
         masked = torch.rand_like(bits, dtype=torch.float32) < part
         return self.cross_entropy(bits, masked, label)
@@ -158,10 +168,23 @@ class MaskedPrior(nn.Module):
         bits, done = torch.zeros_like(draws), 0
         for i in range(1, passes + 1):
             now = count if i == passes else round(count * (1 - math.cos(math.pi / 2 * i / passes)))
-            odds = self.logits(bits, rank < done, label).float() / self.spec.temperature
+            odds = self._odds(bits, rank < done, label)
             bits = torch.where((rank >= done) & (rank < now), (draws < odds.sigmoid()).to(bits.dtype), bits)
             done = now
         return bits.unflatten(1, (self.num_steps, -1)).transpose(0, 1).flatten(2)
+
+    def _odds(self, bits: Tensor, known: Tensor, label: Tensor | None) -> Tensor:
+        """The logits that sampling draws from: guided by the label, then sharpened."""
+        odds = self.logits(bits, known, label).float()
+        if self.spec.guidance:
+            assert label is not None
+            without = self.logits(bits, known, self._no_label(label)).float()
+            odds = odds + self.spec.guidance * (odds - without)
+        return odds / self.spec.temperature
+
+    def _no_label(self, label: Tensor) -> Tensor:
+        assert self.label is not None
+        return torch.full_like(label, self.label.num_embeddings - 1)
 
     def _to_grid(self, spikes: Tensor) -> Tensor:
         """[T, B, c h w] to [B, T c, h, w]."""

@@ -140,6 +140,39 @@ def test_a_label_is_needed_and_matters_where_there_are_labels():
         prior.logits(x, known, None)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("guidance", [0.5, 3.0])
+def test_guidance_moves_the_logits_away_from_those_without_a_label(guidance):
+    prior = build(3, passes=2, guidance=guidance, temperature=0.7)
+    by_label = torch.randn(4, STEPS * GRID[0], *GRID[1:])  # the last one: no label
+    prior.logits = lambda z, known, label: by_label[label]
+    n = 4000
+    found = prior.sample(noise(prior, n), torch.zeros(n, dtype=torch.int64)).unflatten(2, GRID)
+    odds = (by_label[0] + guidance * (by_label[0] - by_label[3])) / 0.7
+    p = odds.sigmoid().clamp(1e-3, 1 - 1e-3)
+    mean = found.transpose(0, 1).flatten(1, 2).mean(0)
+    assert bool(((mean - p).abs() < 5 * (p * (1 - p) / n).sqrt() + 2e-3).all())
+
+
+@pytest.mark.parametrize(("training", "dropout"), [(True, 0.3), (True, 0.0), (False, 0.3)])
+def test_labels_are_hidden_in_training_alone(training, dropout):
+    prior = build(3, label_dropout=dropout).train(training)
+    asked = []
+    prior.cross_entropy = lambda z, masked, label: asked.append(label) or z.sum()
+    labels = torch.arange(2000) % 3
+    prior(torch.zeros(STEPS, 2000, BITS // STEPS), labels)
+    hidden = asked[0] == 3
+    expected = dropout if training else 0.0
+    assert abs(hidden.float().mean() - expected) <= 5 * (expected * (1 - expected) / 2000) ** 0.5
+    assert torch.equal(asked[0][~hidden], labels[~hidden])
+
+
+@pytest.mark.parametrize(("labels", "values"), [(0, {}), (3, {"label_dropout": 0.0})])
+def test_guidance_without_labels_to_hide_is_refused(labels, values):
+    with pytest.raises(UserError, match=r"prior\.network\.guidance 2\.0 needs model\.conditional"):
+        build(labels, guidance=2.0, **values)
+
+
 def test_self_attention_is_the_products_of_its_spikes():
     block = SpikingSelfAttention(MaskedSpec(channels=6, heads=3, blocks=1), "auto").eval()
     u = torch.randn(2, 3, 6, 2, 3)
