@@ -358,6 +358,20 @@ def test_a_prior_that_was_stopped_and_resumed_is_the_uninterrupted_one(
     assert timeless[0] == timeless[1]
 
 
+def test_a_signal_in_the_last_step_of_the_first_phase_stops_before_the_second(
+    both: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, out = tiny_config(**SPATIAL, **PRIOR), tmp_path / "run"
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 13, signal.SIGTERM)  # of 13 steps
+        with pytest.raises(loop.Interrupted, match="stopped after 208 images"):
+            train(config, out, device="cpu")
+    assert not any("prior_entropy" in row for row in Run(out).rows())
+    train(config, out, resume=True, device="cpu")
+    expected, found = weights_of(both), weights_of(out)
+    assert all(torch.equal(v, found[k]) for k, v in expected.items())
+
+
 def test_a_finished_run_can_be_given_a_prior(both: Path, tmp_path: Path) -> None:
     train(tiny_config(**SPATIAL), tmp_path / "run", device="cpu")
     train(tiny_config(**SPATIAL, **PRIOR), tmp_path / "run", resume=True, device="cpu")
