@@ -1,6 +1,8 @@
 import itertools
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -395,3 +397,40 @@ def test_a_latents_own_prior_learns_at_its_own_rate() -> None:
     own = {id(p) for p in model.latent.prior.parameters()}
     assert {id(p) for p in groups[1]["params"]} == own
     assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
+
+
+WATCHED = """
+import hashlib, os, sys
+from pathlib import Path
+from spikegen import training
+from tests.test_training import PRIOR, SPATIAL
+from tests.tiny import tiny_config
+
+original = training._prior_phase
+
+def watched(*args):
+    phase = original(*args)
+    frozen = b"".join(v.contiguous().numpy().tobytes() for v in phase.kept()["vae"].values())
+    Path(sys.argv[1], "rank" + os.environ["RANK"]).write_text(hashlib.sha256(frozen).hexdigest())
+    return phase
+
+training._prior_phase = watched
+training.train(tiny_config(**SPATIAL, **PRIOR), Path(sys.argv[1], "run"), device="cpu")
+"""
+
+
+def test_two_processes_learn_the_prior_of_one_encoder(tmp_path: Path) -> None:
+    """Each has had its own batches, and so its own statistics in the norms: the saved ones count for both."""
+    (tmp_path / "watched.py").write_text(WATCHED)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(tmp_path / "watched.py")]
+    root = str(Path(__file__).parents[1])
+    done = subprocess.run(
+        [*launch, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": root},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "rank0").read_text() == (tmp_path / "rank1").read_text()
+    assert Run(tmp_path / "run").load_checkpoint(torch.device("cpu"))["images_seen"] == 208 + 128
