@@ -19,3 +19,9 @@ def uniform_per_image(
         for k in range(first, first + count)
     ]
     return torch.from_numpy(np.stack(rows, axis=1)).to(device)
+
+
+def standard_normal(uniform: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+    """Standard normal numbers from uniform ones in [0, 1), through the inverse of the distribution function."""
+    tiny = torch.finfo(torch.float32).eps
+    return torch.special.ndtri(uniform.float().clamp(tiny, 1 - tiny)).to(uniform.dtype)

@@ -8,6 +8,7 @@ from jaxtyping import Float, Int64
 from pydantic import Field
 from torch import Tensor, nn
 
+from spikegen.draws import standard_normal
 from spikegen.kernels import Engine
 from spikegen.latents.distributions import GaussianPosterior
 from spikegen.neurons import NeuronSpec
@@ -49,7 +50,7 @@ class Gaussian(nn.Module):
         """Draw z."""
         flat = features.flatten(2).mean(0)
         mean, log_var = self.mean(flat).float(), self.log_var(flat).float()
-        z = mean + (log_var / 2).exp() * _normal(uniform[0]).to(mean.dtype)
+        z = mean + (log_var / 2).exp() * standard_normal(uniform[0]).to(mean.dtype)
         return GaussianPosterior(z.to(features.dtype).expand(len(uniform), *z.shape), mean, log_var)
 
     def predict(
@@ -63,10 +64,4 @@ class Gaussian(nn.Module):
         self, uniform: Float[Tensor, "T B D"], label: Int64[Tensor, " B"] | None = None
     ) -> Float[Tensor, "T B D"]:
         """z from N(0, I)."""
-        return _normal(uniform[0]).to(uniform.dtype).expand(uniform.shape)
-
-
-def _normal(uniform: Tensor) -> Tensor:
-    """Standard normal numbers from uniform ones, through the inverse of the distribution function."""
-    tiny = torch.finfo(torch.float32).eps
-    return torch.special.ndtri(uniform.float().clamp(tiny, 1 - tiny))
+        return standard_normal(uniform[0]).expand(uniform.shape)

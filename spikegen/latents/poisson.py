@@ -8,6 +8,7 @@ from jaxtyping import Float, Int64
 from pydantic import Field
 from torch import Tensor, nn
 
+from spikegen.draws import standard_normal
 from spikegen.kernels import Engine
 from spikegen.latents.distributions import Posterior, Prior
 from spikegen.neurons import NeuronSpec
@@ -84,9 +85,7 @@ class Poisson(nn.Module):
         self, uniform: Float[Tensor, "T1 B D"], label: Int64[Tensor, " B"] | None = None
     ) -> Float[Tensor, "T B D"]:
         """z from the prior; its n is the first row through the normal distribution's inverse."""
-        tiny = torch.finfo(torch.float32).eps
-        normal = torch.special.ndtri(uniform[0].float().clamp(tiny, 1 - tiny)).to(uniform.dtype)
-        return (self._rate(normal) > uniform[1:]).to(uniform.dtype)
+        return (self._rate(standard_normal(uniform[0])) > uniform[1:]).to(uniform.dtype)
 
     def _rate(self, normal: Tensor) -> Tensor:
         return torch.sigmoid(self.prior(normal).float())
