@@ -115,7 +115,7 @@ class Config(Spec):
         kind, chosen = self.model.latent.kind, self.training.losses.prior
         if chosen not in (right := PRIOR_LOSSES[kind]):
             raise ValueError(f"training.losses.prior is {chosen!r}; a {kind} latent takes {' or '.join(right)}")
-        if self.training.prior_lr != 1 and kind not in ("bernoulli", "poisson"):
+        if self.training.prior_lr != 1 and kind == "gaussian":
             raise ValueError(
                 f"training.prior_lr is for latents that learn a prior of their own, not {kind}; set it to 1"
             )

@@ -149,10 +149,12 @@ def generate(
 ) -> Iterator[UInt8[Tensor, "B C H W"]]:
     """Samples 0 .. num-1 of a seed as uint8, a chunk at a time, under a progress bar.
 
-    UserWarning where a spatial latent has no learnt prior (yet): its samples are decoded coin tosses.
+    UserWarning where a spatial latent has no learnt prior (yet): samples are then drawn from its own, a simple one.
     """
     if model.config.latent.kind == "spatial" and model.prior is None:
-        warnings.warn("this model has no learnt prior yet: its samples are of coin tosses", stacklevel=2)
+        warnings.warn(
+            "this model has no learnt prior yet: its samples are of its latent's own simple one", stacklevel=2
+        )
     with progress_bar() as bar:
         task = bar.add_task("sampling", total=num, info="")
         for images in model.samples(num, seed=seed, label=label):

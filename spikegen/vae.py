@@ -114,7 +114,8 @@ class SpikingVAE(nn.Module, PyTorchModelHubMixin):
         # ---- latent
         self.feature_shape = (widths[-1], height // model.reduction, width // model.reduction)
         features = widths[-1] * self.feature_shape[1] * self.feature_shape[2]
-        self.latent = model.latent.build(self.feature_shape, neuron, engine, len(classes) if model.conditional else 0)
+        labels = len(classes) if model.conditional else 0
+        self.latent = model.latent.build(self.feature_shape, steps, neuron, engine, labels)
         # ---- decoder: from the latent's bits back to the features, then the stages in reverse
         self.expand = self.latent.expand_stage(self.feature_shape, neuron, engine)
         outputs = [widths[1], *widths[1:-1]]

@@ -109,7 +109,10 @@ def test_the_ann_vae_has_no_spikes_and_its_papers_weight(data: str, batches: int
     [
         (["model.latent={kind: poisson}"], "losses.prior is 'kl'; a poisson latent takes rbf"),
         (["model.latent={kind: spatial}", "training.losses.prior=mmd"], "a spatial latent takes kl"),
-        (["training.prior_lr=10", "model.latent={kind: spatial}"], "prior_lr is for latents"),
+        (
+            ["training.prior_lr=10", "model.latent={kind: gaussian}", "model.conditional=false"],
+            "prior_lr is for latents",
+        ),
         (["model.neuron={kind: relu}"], "draws from spikes; use lif"),
         (
             ["model.latent={kind: gaussian}", "model.conditional=false", "training.losses.certainty=1"],

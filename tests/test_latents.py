@@ -21,7 +21,7 @@ def _seed():
 def build(labels=0, **values):
     """A latent in evaluation mode whose norms are as lively as after training, in float64."""
     values = {"size": SIZE, "candidates": K, "label_size": 3, **values}
-    latent = BernoulliSpec(**values).build((FEATURES, 1, 1), LIFSpec(), "auto", labels).double()
+    latent = BernoulliSpec(**values).build((FEATURES, 1, 1), STEPS, LIFSpec(), "auto", labels).double()
     with torch.no_grad():
         for stage in latent.modules():
             if hasattr(stage, "running_var"):
@@ -145,7 +145,7 @@ def test_images_do_not_see_each_other():
 
 @pytest.mark.parametrize("candidates", [1, 3, 20])
 def test_every_candidate_is_picked_equally_often(candidates):
-    latent = BernoulliSpec(size=2, candidates=candidates).build((FEATURES, 1, 1), LIFSpec(), "auto", 0)
+    latent = BernoulliSpec(size=2, candidates=candidates).build((FEATURES, 1, 1), STEPS, LIFSpec(), "auto", 0)
     draws = 20_000
     uniform = torch.rand(draws, 2)
     which = torch.arange(candidates).repeat(2) + torch.tensor([0, 100]).repeat_interleave(candidates)
@@ -274,7 +274,7 @@ def test_training_draws_with_the_same_numbers_as_its_rate():
 
 @pytest.mark.parametrize(("size", "k", "labels"), [(128, 20, 0), (4, 3, 7)])
 def test_the_networks_widths_are_fsvaes(size, k, labels):
-    latent = BernoulliSpec(size=size, candidates=k, label_size=6).build((10, 1, 1), LIFSpec(), "auto", labels)
+    latent = BernoulliSpec(size=size, candidates=k, label_size=6).build((10, 1, 1), STEPS, LIFSpec(), "auto", labels)
     widths = [(s.layer.in_features, s.layer.out_features) for s in latent.posterior]
     assert widths == [(2 * size, 2 * size), (2 * size, 4 * size), (4 * size, k * size)]
     widths = [(s.layer.in_features, s.layer.out_features) for s in latent.prior]

@@ -26,7 +26,7 @@ def noise(latent, steps=STEPS, batch=BATCH):
 
 
 def build(spec):
-    return spec.build(SHAPE, LIFSpec(), "auto", 0).double().eval()
+    return spec.build(SHAPE, STEPS, LIFSpec(), "auto", 0).double().eval()
 
 
 SPECS = [PoissonSpec(size=7), GaussianSpec(size=7), SpatialSpec(channels=3)]
@@ -50,7 +50,7 @@ def test_shapes_and_images_that_do_not_see_each_other(spec):
 @pytest.mark.parametrize("spec", SPECS[:2], ids=lambda s: s.kind)
 def test_labels_are_refused_where_the_prior_has_none(spec):
     with pytest.raises(UserError, match=r"model\.conditional"):
-        spec.build(SHAPE, LIFSpec(), "auto", 10)
+        spec.build(SHAPE, STEPS, LIFSpec(), "auto", 10)
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.kind)
@@ -164,8 +164,34 @@ def test_the_gradient_goes_straight_through_to_the_rate():
     assert torch.equal(rate.grad, grad)
 
 
-def test_its_own_prior_is_a_fair_coin():
-    latent = build(SpatialSpec(channels=3))
-    draws = latent.sample(noise(latent, 50, 400))
-    assert abs(draws.mean() - 0.5) < 5 * 0.5 / draws.numel() ** 0.5
-    assert bool((latent.predict(draws).rate == 0.5).all())
+def stepped_prior(labels=0, steps=STEPS):
+    latent = SpatialSpec(channels=3).build(SHAPE, steps, LIFSpec(), "auto", labels).double().eval()
+    for parameter in latent.prior.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    return latent
+
+
+def test_its_own_prior_is_a_convolution_of_the_earlier_steps():
+    latent = stepped_prior(labels=4)
+    z, label = (torch.rand(STEPS, BATCH, latent.size) < 0.4).double(), torch.tensor([0, 1, 2, 3, 3, 0])
+    found = latent.predict(z, label).rate
+    weight = latent.prior.conv.weight.unflatten(0, (STEPS, 3)).unflatten(2, (STEPS, 3))  # [t, c, s, d, 3, 3]
+    place = latent.prior.place.unflatten(0, (STEPS, 3))
+    for t in range(STEPS):
+        logits = place[t] + latent.prior.label(label).unflatten(1, (STEPS, 3))[:, t, :, None, None]
+        for s in range(t):
+            signs = 2 * z[s].unflatten(1, latent.shape) - 1
+            logits = logits + nn.functional.conv2d(signs, weight[t, :, s], padding=1)
+        torch.testing.assert_close(found[t], logits.sigmoid().flatten(1))
+    with pytest.raises(UserError, match="needs one for every image"):
+        latent.predict(z)
+
+
+def test_it_draws_with_those_probabilities_and_begins_as_a_fair_coin():
+    latent, many = stepped_prior(steps=3), 20_000
+    z = latent.sample(noise(latent, 3, many))
+    p = latent.predict(z).rate
+    chi_squared = (z - p).sum(1).square() / (p * (1 - p)).sum(1)  # one degree of freedom a bit, about
+    assert chi_squared.sum() < 72 + 5 * 144**0.5
+    fresh = build(SpatialSpec(channels=3))
+    assert bool((fresh.predict((noise(fresh) < 0.5).double()).rate == 0.5).all())

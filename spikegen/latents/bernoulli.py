@@ -35,7 +35,9 @@ class BernoulliSpec(Spec):
     shortcut: bool = False
     label_size: int = Field(32, ge=1, le=2**16)
 
-    def build(self, shape: tuple[int, int, int], neuron: NeuronSpec, engine: Engine, num_labels: int) -> "Bernoulli":
+    def build(
+        self, shape: tuple[int, int, int], num_steps: int, neuron: NeuronSpec, engine: Engine, num_labels: int
+    ) -> "Bernoulli":
         """The latent for encoder features of `shape`; `num_labels` > 0 makes the prior conditional."""
         return Bernoulli(self, math.prod(shape), neuron, engine, num_labels)
 

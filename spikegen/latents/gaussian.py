@@ -22,7 +22,9 @@ class GaussianSpec(Spec):
     kind: Literal["gaussian"] = "gaussian"
     size: int = Field(128, ge=1, le=2**16)
 
-    def build(self, shape: tuple[int, int, int], neuron: NeuronSpec, engine: Engine, num_labels: int) -> "Gaussian":
+    def build(
+        self, shape: tuple[int, int, int], num_steps: int, neuron: NeuronSpec, engine: Engine, num_labels: int
+    ) -> "Gaussian":
         """The latent for encoder features of `shape`; UserError for a conditional prior."""
         if num_labels:
             raise UserError("model.conditional: the gaussian latent's prior has no labels; set it to false")

@@ -25,7 +25,9 @@ class PoissonSpec(Spec):
     kind: Literal["poisson"] = "poisson"
     size: int = Field(32, ge=1, le=2**16)
 
-    def build(self, shape: tuple[int, int, int], neuron: NeuronSpec, engine: Engine, num_labels: int) -> "Poisson":
+    def build(
+        self, shape: tuple[int, int, int], num_steps: int, neuron: NeuronSpec, engine: Engine, num_labels: int
+    ) -> "Poisson":
         """The latent for encoder features of `shape`; UserError for a conditional prior, which ESVAE has not."""
         if num_labels:
             raise UserError("model.conditional: the poisson latent's prior has no labels; set it to false")
