@@ -4,8 +4,12 @@ import importlib
 import sys
 import traceback
 import warnings
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import click
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 COMMANDS = {
     "train": "Train a model on a preset or a YAML config.",
@@ -43,6 +47,19 @@ def main() -> None:
 
 device = click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 num = click.IntRange(min=1)
+
+
+def sampling_options(command: F) -> F:
+    """What `spikegen.sampling.Sampling` holds."""
+    positive = click.FloatRange(min=0, min_open=True)
+    for option in (
+        click.option("--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True),
+        click.option("--guidance", type=click.FloatRange(min=0), help="How much further labels move the learnt prior."),
+        click.option("--temperature", type=positive, help="Of the learnt prior's bits.  [default: the run's]"),
+        click.option("--passes", type=click.IntRange(1, 2**16), help="Of the learnt prior.  [default: the run's]"),
+    ):
+        command = option(command)
+    return command
 
 
 def entry() -> None:

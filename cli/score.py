@@ -1,9 +1,10 @@
 """spikegen score."""
 
 from pathlib import Path
+from typing import Any
 
 import click
-from spikegen.cli import device
+from spikegen.cli import device, sampling_options
 
 
 @click.command()
@@ -19,19 +20,25 @@ from spikegen.cli import device
     type=click.Path(path_type=Path),
     help="Where to write JSON.  [default: SOURCE/scores.json of a run, else ./scores.json]",
 )
+@sampling_options
 @device
 def command(
     source: str, reference: str | None, metrics: str | None, num: int | None, extractor: str | None,
     protocol: str | None, statistics: Path | None, out: Path | None, device: str,
+    **sampling: Any,
 ) -> None:  # fmt: skip
     """Score SOURCE, a run, a saved model or a folder of images, against real images."""
     from spikegen.runs import scores_path
+    from spikegen.sampling import Sampling
     from spikegen.scoring import score
+    from spikegen.spec import parse
     from spikegen.storage import require_json, write_json
 
     path = out or scores_path(source)
     require_json(path)
     names = tuple(metrics.split(",")) if metrics else None
-    result = score(source, reference, names, num, extractor, device, protocol, statistics)
+    result = score(
+        source, reference, names, num, extractor, device, protocol, statistics, parse(Sampling, sampling, "sampling")
+    )
     write_json(path, result.to_json())
     click.echo(f"{result.table()}\n{path}")

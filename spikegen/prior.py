@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from spikegen.attention import Attention, TCJASpec
 from spikegen.kernels import Engine
 from spikegen.neurons import LIFSpec, NeuronSpec
-from spikegen.spec import Spec, UserError
+from spikegen.spec import Spec, UserError, parse
 from spikegen.stages import ThresholdNorm, fold_time, point_stage, same_stage
 
 Grid = tuple[int, int, int]
@@ -49,12 +49,16 @@ class MaskedSpec(Spec):
 
     def build(self, num_steps: int, grid: Grid, num_labels: int, engine: Engine) -> "MaskedPrior":
         """The prior of spikes [`num_steps`, B, channels * height * width] on `grid` = (channels, height, width)."""
-        if self.guidance and not (num_labels and self.label_dropout):
-            needs = "model.conditional and a label_dropout above 0"
-            raise UserError(f"prior.network.guidance {self.guidance} needs {needs}; set it to 0")
+        self.check_guidance(num_labels)
         if self.channels % self.heads:
             raise UserError(f"prior.network.heads {self.heads} does not divide channels {self.channels}")
         return MaskedPrior(self, num_steps, grid, num_labels, engine)
+
+    def check_guidance(self, num_labels: int) -> None:
+        """UserError where the network cannot tell what the label does."""
+        if self.guidance and not (num_labels and self.label_dropout):
+            needs = "a prior trained with model.conditional and a label_dropout above 0"
+            raise UserError(f"guidance {self.guidance} needs {needs}; set it to 0")
 
 
 class Residual(nn.Module):
@@ -150,6 +154,12 @@ class MaskedPrior(nn.Module):
             u = block(u)
         logits: Tensor = self.readout(self.fires(u).mean(0))
         return logits
+
+    def set_sampling(self, **settings: float | int) -> None:
+        """Draw with other `passes`, `temperature`, `guidance`; UserError for guidance that it was not trained for."""
+        spec = parse(MaskedSpec, self.spec.model_dump() | settings, "sampling")
+        spec.check_guidance(self.label.num_embeddings - 1 if self.label else 0)
+        self.spec = spec
 
     def noise_shape(self) -> tuple[int, int]:
         """Of each image: numbers that order the bits, and numbers that draw them."""

@@ -2,8 +2,6 @@
 
 import json
 import re
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,6 @@ from spikegen.config import Config, dump_config, load_config
 from spikegen.data import to_model, to_uint8
 from spikegen.losses import reconstruction
 from spikegen.memory import keep_freed_memory
-from spikegen.progress import progress_bar
 from spikegen.spec import UserError, parse
 from spikegen.storage import read_json, replacing, require_writable, user_mistakes, write_text
 from spikegen.vae import SavedModel, SpikingVAE
@@ -142,24 +139,6 @@ def open_run(source: str | Path, device: str = "auto") -> tuple[SpikingVAE, Conf
             f"{run.config_file} has model.num_steps {config.model.num_steps}, but {saved} was trained with {steps}"
         )
     return SpikingVAE.from_pretrained(run.model, device=device), config
-
-
-def generate(
-    model: SpikingVAE, num: int, seed: int = 0, label: int | None = None
-) -> Iterator[UInt8[Tensor, "B C H W"]]:
-    """Samples 0 .. num-1 of a seed as uint8, a chunk at a time, under a progress bar.
-
-    UserWarning where a spatial latent has no learnt prior (yet): samples are then drawn from its own, a simple one.
-    """
-    if model.config.latent.kind == "spatial" and model.prior is None:
-        warnings.warn(
-            "this model has no learnt prior yet: its samples are of its latent's own simple one", stacklevel=2
-        )
-    with progress_bar() as bar:
-        task = bar.add_task("sampling", total=num, info="")
-        for images in model.samples(num, seed=seed, label=label):
-            bar.advance(task, len(images))
-            yield to_uint8(images.cpu())
 
 
 def reconstruct_test(

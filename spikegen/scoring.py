@@ -35,7 +35,8 @@ from spikegen.metrics import (
 )
 from spikegen.protocols import PROTOCOLS, Protocol
 from spikegen.references import BATCH, Batches, Reference, floor_images, image_shape, load_reference, read_folder
-from spikegen.runs import generate, open_run, pick_device
+from spikegen.runs import open_run, pick_device
+from spikegen.sampling import Sampling, generate
 from spikegen.spec import UserError, suggest
 from spikegen.vae import SpikingVAE
 
@@ -95,6 +96,7 @@ def score(
     device: str = "auto",
     protocol: str | None = None,
     statistics: str | Path | None = None,
+    sampling: Sampling | None = None,
 ) -> Score:
     """Score `source`, a run, a saved model or a folder of images, against `reference`.
 
@@ -102,12 +104,16 @@ def score(
     default what the run was trained on. What is None comes from the run's config. A folder scores all its
     images, by fid and is. `protocol` names a paper's way to score (`fsvae`), which fixes how many images, the
     metrics and what extractor; `statistics` is an .npz file of the real images' features as its authors publish it.
+    `sampling` says how to draw, where not as the model was saved.
     """
-    fixed = _protocol(protocol, num, metrics)
+    fixed, sampling = _protocol(protocol, num, metrics), sampling or Sampling()
     given, device = Path(source), pick_device(device)
     if given.is_dir() and not any((given / name).exists() for name in ("config.yaml", "config.json")):
+        if sampling != Sampling():
+            raise UserError(f"{source} is a folder of images, which nothing draws: omit {sampling.options()}")
         return _score_folder(given, reference, metrics, num, extractor, device, fixed, statistics)
     model, config = open_run(source, device)
+    sampling.set(model)
     if reference is None and config is None:
         raise UserError(f"{source} names no data: give --reference, a data set's name or a folder")
     choice, data = (config.scoring, config.data) if config else (ScoringConfig(), None)
@@ -121,11 +127,15 @@ def score(
         classify=_classifier(model, real, choice.seed),
         labels=model.sample_labels(count, seed=choice.seed) if real.classes == model.classes else None,
         batch_size=choice.batch_size,
-        settings={"model_sha256": weights_hash(model.state_dict()), "num_steps": model.config.num_steps},
+        settings={
+            "model_sha256": weights_hash(model.state_dict()),
+            "num_steps": model.config.num_steps,
+            "sampling": sampling.settings(model),
+        },
     )
     if metrics is None:
         chosen = tuple(m for m in chosen if not _lacking(m, real, network, offered))
-    images = generate(model, count, choice.seed)
+    images = generate(model, count, choice.seed, sampling=sampling)
     return score_sets(
         images, real, network, chosen, seed=choice.seed, cache=_cache_folder(), source=offered, protocol=fixed,
         statistics=statistics,
