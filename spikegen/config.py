@@ -28,7 +28,7 @@ MetricName = Literal[
 
 
 class LossesConfig(Spec):
-    """The weights of the loss: reconstruction (1) + prior + certainty + classification + firing rate."""
+    """The weights of the loss, beside reconstruction's, which is 1."""
 
     prior: Literal["mmd", "kl", "rbf"] = "mmd"
     """`mmd` and `kl` for a bernoulli latent, `rbf` for a poisson, `kl` for a gaussian or a spatial one."""
@@ -36,6 +36,10 @@ class LossesConfig(Spec):
     certainty: float = Field(0.0, ge=0)
     """Weight of the posterior's entropy: bits that the decoder has no use for then become certain, and a learnt prior
     has less to learn."""
+    perceptual: float = Field(0.0, ge=0)
+    """Weight of the distance that the data set's shipped classifier sees (digits, mnist and fashion_mnist have one)."""
+    frequency: float = Field(0.0, ge=0)
+    """Weight of the focal frequency loss, in which the worst frequencies count most."""
     psp_tau: float = Field(2.0, ge=1)
     """Time constant of the post-synaptic potentials that `mmd` compares, in steps."""
     classification: Annotated[float, Field(gt=0)] | None = 0.1

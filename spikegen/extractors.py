@@ -85,7 +85,7 @@ def load_extractor(name: str, data: str, device: torch.device | str) -> Extracto
     elif kind == "autoencoder" and path:
         extractor = _load_autoencoder(Path(path))
     elif name == "cnn":
-        extractor = _load_cnn(data)
+        extractor = CNNExtractor(load_cnn(data), CNN_SIZES[data])
     else:
         raise UserError(
             f"extractor {name!r}: {suggest(name, ['cnn', 'inception', 'inception:PATH', 'autoencoder:PATH'])}"
@@ -133,6 +133,15 @@ class SmallCNN(nn.Module):
         features = self.body(images)
         return Features(features, self.classifier(features))
 
+    def maps(self, images: Float[Tensor, "N 1 H W"]) -> list[Float[Tensor, "N c h w"]]:
+        """The activations of every level, finest first."""
+        found = []
+        for layer in self.body:
+            images = layer(images)
+            if isinstance(layer, nn.ReLU):
+                found.append(images)
+        return found
+
 
 class CNNExtractor(Extractor):
     """`SmallCNN` on images made grey and resized to the size it was trained at."""
@@ -155,7 +164,8 @@ def _grey(images: UInt8[Tensor, "N C H W"]) -> UInt8[Tensor, "N 1 H W"]:
     return images.float().mean(dim=1, keepdim=True).round().to(torch.uint8)
 
 
-def _load_cnn(data: str) -> CNNExtractor:
+def load_cnn(data: str) -> SmallCNN:
+    """The shipped classifier of data set `data`, on the CPU; UserError where there is none."""
     if data not in CNN_SIZES:
         sets = ", ".join(CNN_SIZES)
         raise UserError(f"extractor cnn: no classifier for {data}, only for {sets}; use inception")
@@ -163,7 +173,7 @@ def _load_cnn(data: str) -> CNNExtractor:
         state = read_weights(path)
     network = SmallCNN()
     network.load_state_dict(state)
-    return CNNExtractor(network, CNN_SIZES[data])
+    return network
 
 
 # ---- inception -------------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """Losses: free functions of what the model gives; no weights, no state."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64
@@ -11,6 +13,28 @@ from spikegen.latents import GaussianPosterior, Posterior, Prior
 def reconstruction(image: Float[Tensor, "B C H W"], target: Float[Tensor, "B C H W"]) -> Float[Tensor, ""]:
     """Mean squared error on images in [-1, 1] (four times that of images in [0, 1])."""
     return F.mse_loss(image.float(), target.float())
+
+
+def perceptual(maps: Sequence[Float[Tensor, "B ..."]], targets: Sequence[Float[Tensor, "B ..."]]) -> Float[Tensor, ""]:
+    """Mean over the levels of a network of the squared distance between directions of feature vectors at each place.
+
+    LPIPS (arXiv 1801.03924) with every channel weighing the same; maps are [B, C, H, W].
+    """
+    per_level = [(_direction(x) - _direction(y)).square().sum(1).mean() for x, y in zip(maps, targets, strict=True)]
+    return torch.stack(per_level).mean()
+
+
+def _direction(features: Tensor) -> Tensor:
+    features = features.float()
+    return features / (features.square().sum(1, keepdim=True) + 1e-6).sqrt()
+
+
+def frequency(image: Float[Tensor, "B C H W"], target: Float[Tensor, "B C H W"]) -> Float[Tensor, ""]:
+    """Focal frequency loss (arXiv 2012.12821, alpha 1): squared errors of the orthonormal spectrum, each weighted by
+    its size over the largest of its image and channel: the frequencies that are worst count most."""
+    error = torch.view_as_real(torch.fft.fft2(image.float() - target.float(), norm="ortho")).square().sum(-1)
+    size = error.detach().sqrt()
+    return (error * size / size.amax((-2, -1), keepdim=True).clamp(min=torch.finfo(size.dtype).tiny)).mean()
 
 
 def post_synaptic_potential(z: Float[Tensor, "T *n"], tau: float = 2.0) -> Float[Tensor, "T *n"]:

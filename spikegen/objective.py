@@ -6,17 +6,33 @@ from torch import Tensor
 
 from spikegen import losses
 from spikegen.config import LossesConfig
+from spikegen.extractors import SmallCNN
 from spikegen.latents import GaussianPosterior, Posterior
 from spikegen.vae import VAEOutput
 
 
 def loss_parts(
-    output: VAEOutput, image: Float[Tensor, "B C H W"], label: Int64[Tensor, " B"] | None, spec: LossesConfig
+    output: VAEOutput,
+    image: Float[Tensor, "B C H W"],
+    label: Int64[Tensor, " B"] | None,
+    spec: LossesConfig,
+    judge: SmallCNN | None = None,
 ) -> dict[str, Tensor]:
-    """Every term: those called `loss/...` are weighted and add up to the loss; the others are to look at."""
+    """Every term: those called `loss/...` are weighted and add up to the loss; the others are to look at.
+
+    `judge` is the network of the perceptual term, where it has a weight.
+    """
     recon = losses.reconstruction(output.image, image)
     prior = prior_term(output, spec)
     parts = {"loss/recon": recon, "recon": recon, "loss/prior": spec.prior_weight * prior, "prior": prior}
+    if spec.perceptual and judge is not None:
+        with torch.no_grad():
+            targets = judge.maps(image)
+        distance = losses.perceptual(judge.maps(output.image.float()), targets)
+        parts |= {"loss/perceptual": spec.perceptual * distance, "perceptual": distance}
+    if spec.frequency:
+        focal = losses.frequency(output.image, image)
+        parts |= {"loss/frequency": spec.frequency * focal, "frequency": focal}
     if spec.certainty and isinstance(output.posterior, Posterior):
         uncertainty = losses.entropy(output.posterior)
         parts |= {"loss/entropy": spec.certainty * uncertainty, "entropy": uncertainty}

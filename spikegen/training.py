@@ -13,6 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from spikegen.config import Config, PriorConfig
 from spikegen.data import ImageSet, to_model
+from spikegen.extractors import CNN_SIZES, SmallCNN, load_cnn
 from spikegen.kernels import choose
 from spikegen.loop import Parts, Phase, Session, State, average_of, foreign_checkpoint, leave_if_stopped, run_phase
 from spikegen.metrics import accuracy, reconstruction_mse
@@ -90,6 +91,7 @@ def build_model(config: Config, classes: tuple[str, ...]) -> SpikingVAE:
 
 def dry_run(config: Config) -> str:
     """Build the model on the meta device, which takes no memory, and say how large it is."""
+    _judge(config, torch.device("cpu"))
     with torch.device("meta"):
         model = build_model(config, config.data.class_names())
         if config.prior is not None:
@@ -107,16 +109,30 @@ def _autoencoder_phase(session: Session, model: SpikingVAE) -> Phase:
     config = session.config
     average = average_of(model, config.training.ema)
     averaged = cast(SpikingVAE, average.module)
+    judge = _judge(config, session.accelerator.device)
 
     def loss(wrapped: nn.Module, image: Tensor, label: Tensor | None, progress: float) -> Parts:
         output = wrapped(image, label, progress=progress)
         with torch.autocast(image.device.type, enabled=False):
-            return loss_parts(output, image, label, config.training.losses)
+            return loss_parts(output, image, label, config.training.losses, judge)
 
     return Phase(
         0, config.training, len(session.train_set), 0, model, average, averaged, loss,
         lambda: _evaluate(averaged, session.test_set, config),
     )  # fmt: skip
+
+
+def _judge(config: Config, device: torch.device) -> SmallCNN | None:
+    """The network of the perceptual loss; UserError where the data has none."""
+    if not config.training.losses.perceptual:
+        return None
+    name = config.data.name
+    if name not in CNN_SIZES:
+        raise UserError(
+            f"training.losses.perceptual needs a shipped classifier, which {name} has not, only "
+            f"{', '.join(CNN_SIZES)}; set it to 0"
+        )
+    return load_cnn(name).eval().requires_grad_(False).to(device)
 
 
 def _prior_phase(session: Session, vae: SpikingVAE, settings: PriorConfig, seen: int) -> Phase:

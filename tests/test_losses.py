@@ -1,7 +1,9 @@
 """Losses: each against its formula, a loop, or torch's own."""
 
+import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -147,3 +149,35 @@ def test_the_entropy_is_torchs_and_its_gradient_finite_where_a_bit_is_certain():
     certain = torch.tensor([0.0, 1.0, 0.5]).view(1, 1, 3).requires_grad_()
     losses.entropy(Posterior(certain, certain)).backward()
     assert certain.grad.isfinite().all()
+
+
+def test_perceptual_is_the_squared_distance_of_directions():
+    maps, targets = ([torch.randn(2, c, n, n) for c, n in ((3, 4), (5, 2))] for _ in range(2))
+    levels = []
+    for x, y in zip(maps, targets, strict=True):
+        places = []
+        for b, i, j in itertools.product(range(2), range(x.shape[2]), range(x.shape[3])):
+            places.append(2 - 2 * F.cosine_similarity(x[b, :, i, j], y[b, :, i, j], dim=0))
+        levels.append(torch.stack(places).mean())
+    torch.testing.assert_close(losses.perceptual(maps, targets), torch.stack(levels).mean(), rtol=1e-5, atol=1e-5)
+    assert losses.perceptual(maps, maps) == 0
+    silent = [torch.zeros(1, 3, 2, 2, requires_grad=True)]
+    losses.perceptual(silent, [torch.ones(1, 3, 2, 2)]).backward()
+    assert bool(silent[0].grad.isfinite().all())
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 8, 8), (1, 3, 5, 6)])
+def test_frequency_weighs_each_squared_error_by_its_size(shape):
+    image, target = torch.rand(shape, requires_grad=True), torch.rand(shape)
+    spectrum = np.fft.fft2((image - target).detach().numpy(), norm="ortho")
+    size = np.abs(spectrum)
+    expected = (size / size.max((-2, -1), keepdims=True) * size**2).mean()
+    found = losses.frequency(image, target)
+    torch.testing.assert_close(found.item(), float(expected), rtol=1e-4, atol=1e-6)
+    assert losses.frequency(target, target) == 0
+    # the weight is a constant: the gradient is that of the weighted squares
+    weight = torch.from_numpy(size / size.max((-2, -1), keepdims=True)).float()
+    again = image.detach().requires_grad_()
+    (weight * torch.fft.fft2(again - target, norm="ortho").abs().square()).mean().backward()
+    found.backward()
+    torch.testing.assert_close(image.grad, again.grad, rtol=1e-3, atol=1e-6)

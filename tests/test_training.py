@@ -112,12 +112,18 @@ def test_the_run_folder_is_what_the_contract_says(tmp_path: Path) -> None:
     assert not list(run.rglob("*.part"))
 
 
-def test_the_logged_loss_is_the_weighted_sum_of_its_parts(tmp_path: Path) -> None:
-    train(tiny_config(training__losses__prior_weight=0.5), tmp_path / "run", device="cpu")
-    for row in rows(tmp_path / "run"):
-        if "loss" in row:
-            expected = row["recon"] + 0.5 * row["prior"] + 0.1 * row["classification"]
-            assert row["loss"] == pytest.approx(expected, rel=1e-5)
+@pytest.mark.parametrize("weights", [{"prior_weight": 0.5}, {"prior_weight": 0.0, "perceptual": 0.2, "frequency": 3.0}])
+def test_the_logged_loss_is_the_weighted_sum_of_its_parts(tmp_path: Path, weights: dict[str, float]) -> None:
+    train(tiny_config(training__losses=weights), tmp_path / "run", device="cpu")
+    terms = {key.removesuffix("_weight"): weight for key, weight in weights.items()} | {
+        "recon": 1,
+        "classification": 0.1,
+    }
+    logged = [row for row in rows(tmp_path / "run") if "loss" in row]
+    assert logged
+    for row in logged:
+        assert all(row[key] > 0 for key in terms)
+        assert row["loss"] == pytest.approx(sum(weight * row[key] for key, weight in terms.items()), rel=1e-5)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -270,9 +276,13 @@ def test_the_processes_share_a_batch_out_among_them() -> None:
 
 
 def test_what_cannot_be_built_is_found_before_the_data_is_read(tmp_path: Path) -> None:
-    config = tiny_config(data__name="mnist", data__root=str(tmp_path / "absent"), data__image_size=10)
-    with pytest.raises(UserError, match="multiple of 4"):
-        train(config, tmp_path / "run", device="cpu")
+    absent = {"data__name": "mnist", "data__root": str(tmp_path / "absent")}
+    for changes, line in (
+        ({"data__image_size": 10}, "multiple of 4"),
+        ({"data__name": "cifar10", "training__losses__perceptual": 1.0}, "perceptual needs a shipped classifier"),
+    ):
+        with pytest.raises(UserError, match=line):
+            train(tiny_config(**absent | changes), tmp_path / "run", device="cpu")
     assert not list(tmp_path.iterdir())
 
 
