@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -84,77 +85,101 @@ def average_of(module: nn.Module, decay: float) -> AveragedModel:
 
 def run_phase(session: Session, phase: Phase, state: State | None) -> None:
     """Train to the end of the phase, from its beginning or from a checkpoint's `state`."""
-    run, config, accelerator = session.run, session.config, session.accelerator
-    settings, every, total = phase.settings, session.config.training, phase.steps
-    rank, ranks, device = accelerator.process_index, accelerator.num_processes, accelerator.device
-    optimizer = _optimizer(phase)
-    step, meter = 0, _Meter()
-    if state is not None:
-        step = _restore(state, phase, optimizer, meter, run)
-    wrapped, optimizer = accelerator.prepare(phase.module, optimizer)
+    trainer = _Trainer(session, phase, state)
+    every = session.config.training
+    with progress_bar(session.accelerator.is_main_process) as bar:
+        name = ("training", "training the prior")[phase.number]
+        task = bar.add_task(name, total=phase.last - phase.first, completed=trainer.seen, info="")
+        while trainer.step < phase.steps:
+            before = trainer.seen
+            trainer.learn()
+            last, crossed = trainer.step == phase.steps, partial(_crossed, before, trainer.seen)
+            if last or crossed(every.log_every):
+                bar.update(task, info=_info(trainer.log_means()))
+            bar.update(task, completed=trainer.seen)
+            stopping, pause = _anywhere(session.accelerator, session.stop.is_set()), time.perf_counter()
+            due = last or crossed(every.checkpoint_every)
+            if due:
+                trainer.evaluate()
+            if due or stopping:
+                trainer.save()
+            if stopping and not last:
+                raise _interrupted(phase.first + trainer.seen)
+            trainer.meter.start += time.perf_counter() - pause
+    session.accelerator.wait_for_everyone()
 
-    def save(step: int) -> None:
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            seen = phase.first + step * settings.batch_size
-            state: State = {"phase": phase.number, "step": step, "images_seen": seen}
+
+class _Trainer:
+    """A phase under way: `step` steps are done, in which `seen` images were seen."""
+
+    def __init__(self, session: Session, phase: Phase, state: State | None):
+        self.session, self.phase, self.meter = session, phase, _Meter()
+        optimizer = _optimizer(phase)
+        self.step = 0 if state is None else _restore(state, phase, optimizer, self.meter, session.run)
+        self.wrapped, self.optimizer = session.accelerator.prepare(phase.module, optimizer)
+        self.wrapped.train()
+
+    @property
+    def seen(self) -> int:
+        return self.step * self.phase.settings.batch_size
+
+    def learn(self) -> None:
+        """One step. All its randomness is a function of (seed, phase, step, process): a resumed run draws the same."""
+        session, phase, settings = self.session, self.phase, self.phase.settings
+        accelerator, device = session.accelerator, session.accelerator.device
+        rank, share = accelerator.process_index, settings.batch_size // accelerator.num_processes
+        number = (phase.number,) if phase.number else ()
+        torch.manual_seed(_key(session.config.training.seed, *number, self.step, rank))
+        part = slice(rank * share, (rank + 1) * share)
+        batch = training_batch(session.train_set, session.config, self.seen, settings.batch_size, device, part)
+        progress = self.step / phase.steps
+        for group in self.optimizer.param_groups:
+            group["lr"] = settings.lr * group["factor"] * lr_factor(settings, progress)
+        with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+            parts = phase.loss(self.wrapped, *batch, progress)
+        loss = total_loss(parts)
+        accelerator.backward(loss)
+        norm = nn.utils.clip_grad_norm_(self.wrapped.parameters(), settings.clip or math.inf)
+        _require_finite(loss, norm, self.step, parts, session.run)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        phase.average.update_parameters(phase.module)
+        self.step += 1
+        self.meter.add(parts | {"loss": loss.detach()}, settings.batch_size)
+
+    def log_means(self) -> dict[str, Any]:
+        """Log the means since the last time, and return them."""
+        clock, session = self.phase.first + self.seen, self.session
+        lr = self.optimizer.param_groups[0]["lr"]
+        row = self.meter.row(session.accelerator, clock, clock / len(session.train_set), lr)
+        self._log(row | {"engine": session.engine})
+        return row
+
+    def evaluate(self) -> None:
+        """Log the phase's figures and draw the grid of samples; the first process alone."""
+        if self.session.accelerator.is_main_process:
+            clock = self.phase.first + self.seen
+            self._log({"images_seen": clock, **self.phase.evaluate()})
+            save_grid(to_uint8(self.phase.product.sample(64)), self.session.run.samples / f"{clock:012d}.png")
+
+    def save(self) -> None:
+        """A checkpoint and the model."""
+        self.session.accelerator.wait_for_everyone()
+        if self.session.accelerator.is_main_process:
+            run, phase, meter = self.session.run, self.phase, self.meter
+            state: State = {"phase": phase.number, "step": self.step, "images_seen": phase.first + self.seen}
             state |= {"sums": meter.sums, "sums_steps": meter.steps} | phase.kept()
-            parts = {"model": phase.module, "average": phase.average, "optimizer": optimizer}
-            run.save_checkpoint(state | {k: v.state_dict() for k, v in parts.items()}, every.keep_checkpoints)
+            parts = {"model": phase.module, "average": phase.average, "optimizer": self.optimizer}
+            state |= {name: part.state_dict() for name, part in parts.items()}
+            run.save_checkpoint(state, self.session.config.training.keep_checkpoints)
             phase.product.save(run.model)
 
-    def log(row: dict[str, Any]) -> None:
-        if accelerator.is_main_process:
-            run.log(row)
+    def _log(self, row: dict[str, Any]) -> None:
+        if self.session.accelerator.is_main_process:
+            self.session.run.log(row)
             for key, value in row.items():
-                if session.writer and isinstance(value, float):
-                    session.writer.add_scalar(key, value, row["images_seen"])
-
-    share = settings.batch_size // ranks
-    with progress_bar(accelerator.is_main_process) as bar:
-        name = ("training", "training the prior")[phase.number]
-        task = bar.add_task(name, total=total * settings.batch_size, completed=step * settings.batch_size, info="")
-        wrapped.train()
-        while step < total:
-            seen, progress = step * settings.batch_size, step / total
-            # All randomness of a step is a function of (seed, phase, step, process): a resumed run draws the same.
-            torch.manual_seed(_key(every.seed, *((phase.number,) if phase.number else ()), step, rank))
-            part = slice(rank * share, (rank + 1) * share)
-            image, label = training_batch(session.train_set, config, seen, settings.batch_size, device, part)
-            for group in optimizer.param_groups:
-                group["lr"] = settings.lr * group["factor"] * lr_factor(settings, progress)
-            with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
-                parts = phase.loss(wrapped, image, label, progress)
-            loss = total_loss(parts)
-            accelerator.backward(loss)
-            norm = nn.utils.clip_grad_norm_(wrapped.parameters(), settings.clip or math.inf)
-            _require_finite(loss, norm, step, parts, run)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            phase.average.update_parameters(phase.module)
-            step += 1
-            meter.add(parts | {"loss": loss.detach()}, settings.batch_size)
-
-            # ---- now and then
-            now = step * settings.batch_size
-            clock = phase.first + now
-            if _crossed(seen, now, every.log_every) or step == total:
-                lr = optimizer.param_groups[0]["lr"]
-                row = meter.row(accelerator, clock, clock / len(session.train_set), lr)
-                log(row | {"engine": session.engine})
-                bar.update(task, info=_info(row))
-            bar.update(task, completed=now)
-            due = _crossed(seen, now, every.checkpoint_every) or step == total
-            stopping, pause = _anywhere(accelerator, session.stop.is_set()), time.perf_counter()
-            if due and accelerator.is_main_process:
-                log({"images_seen": clock, **phase.evaluate()})
-                save_grid(to_uint8(phase.product.sample(64)), run.samples / f"{clock:012d}.png")
-            if due or stopping:
-                save(step)
-            if stopping and step < total:
-                raise _interrupted(clock)
-            meter.start += time.perf_counter() - pause
-    accelerator.wait_for_everyone()
+                if self.session.writer and isinstance(value, float):
+                    self.session.writer.add_scalar(key, value, row["images_seen"])
 
 
 def leave_if_stopped(session: Session, images_seen: int) -> None:
