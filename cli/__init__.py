@@ -53,8 +53,10 @@ def sampling_options(command: F) -> F:
     """What `spikegen.sampling.Sampling` holds."""
     positive = click.FloatRange(min=0, min_open=True)
     for option in (
-        click.option("--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True),
-        click.option("--guidance", type=click.FloatRange(min=0), help="How much further labels move the learnt prior."),
+        click.option(
+            "--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True, help="Of drawing."
+        ),
+        click.option("--guidance", type=click.FloatRange(min=0), help="Of the learnt prior.  [default: the run's]"),
         click.option("--temperature", type=positive, help="Of the learnt prior's bits.  [default: the run's]"),
         click.option("--passes", type=click.IntRange(1, 2**16), help="Of the learnt prior.  [default: the run's]"),
     ):

@@ -49,16 +49,16 @@ class MaskedSpec(Spec):
 
     def build(self, num_steps: int, grid: Grid, num_labels: int, engine: Engine) -> "MaskedPrior":
         """The prior of spikes [`num_steps`, B, channels * height * width] on `grid` = (channels, height, width)."""
-        self.check_guidance(num_labels)
+        self.check_guidance(num_labels, "prior.network.guidance")
         if self.channels % self.heads:
             raise UserError(f"prior.network.heads {self.heads} does not divide channels {self.channels}")
         return MaskedPrior(self, num_steps, grid, num_labels, engine)
 
-    def check_guidance(self, num_labels: int) -> None:
-        """UserError where the network cannot tell what the label does."""
+    def check_guidance(self, num_labels: int, key: str) -> None:
+        """UserError, which names `key`, where the network cannot tell what the label does."""
         if self.guidance and not (num_labels and self.label_dropout):
             needs = "a prior trained with model.conditional and a label_dropout above 0"
-            raise UserError(f"guidance {self.guidance} needs {needs}; set it to 0")
+            raise UserError(f"{key} {self.guidance} needs {needs}; set it to 0")
 
 
 class Residual(nn.Module):
@@ -158,7 +158,7 @@ class MaskedPrior(nn.Module):
     def set_sampling(self, **settings: float | int) -> None:
         """Draw with other `passes`, `temperature`, `guidance`; UserError for guidance that it was not trained for."""
         spec = parse(MaskedSpec, self.spec.model_dump() | settings, "sampling")
-        spec.check_guidance(self.label.num_embeddings - 1 if self.label else 0)
+        spec.check_guidance(self.label.num_embeddings - 1 if self.label else 0, "guidance")
         self.spec = spec
 
     def noise_shape(self) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 
 from spikegen import extractors
 from spikegen.data import DataSpec
-from spikegen.extractors import CNN_SIZES, default_extractor, load_extractor, read_weights, weights_hash
+from spikegen.extractors import CNN_SIZES, default_extractor, load_cnn, load_extractor, read_weights, weights_hash
 from spikegen.references import Reference
 from spikegen.scoring import score_sets
 from spikegen.spec import UserError
@@ -269,3 +269,10 @@ def test_the_test_splits_distance_to_its_published_statistics(real_data, name, s
         images.split(100), Reference(name, "test", images, data), network, ("fad",), statistics=statistics
     )
     assert found.metrics["fad"].value == pytest.approx(expected, abs=0.2)
+
+
+def test_the_maps_of_the_cnn_are_what_its_features_are_made_of():
+    network, images = load_cnn("digits").eval(), torch.rand(3, 1, 16, 16) * 2 - 1
+    maps = network.maps(images)
+    assert [m.shape[1:] for m in maps] == [(w, n, n) for w, n in zip(network.widths, (16, 8, 4, 2), strict=True)]
+    torch.testing.assert_close(maps[-1].mean((2, 3)), network(images).features)

@@ -169,7 +169,7 @@ def test_labels_are_hidden_in_training_alone(training, dropout):
 
 @pytest.mark.parametrize(("labels", "values"), [(0, {}), (3, {"label_dropout": 0.0})])
 def test_guidance_without_labels_to_hide_is_refused(labels, values):
-    with pytest.raises(UserError, match=r"guidance 2\.0 needs a prior trained with model\.conditional"):
+    with pytest.raises(UserError, match=r"prior\.network\.guidance 2\.0 needs a prior trained with model\.conditional"):
         build(labels, guidance=2.0, **values)
 
 

@@ -1,10 +1,16 @@
 """Drawing with other settings than the model was saved with equals a model saved with those."""
 
+import sys
+import warnings
+
 import pytest
 import torch
+from spikegen.cli import entry
 
+from spikegen.plots import write_images
 from spikegen.prior import MaskedSpec
 from spikegen.sampling import Sampling, generate
+from spikegen.scoring import score
 from spikegen.spec import UserError
 from spikegen.stages import ThresholdNorm
 from spikegen.vae import ModelConfig, SpikingVAE
@@ -42,6 +48,35 @@ def test_a_setting_equals_a_model_saved_with_it(setting):
     Sampling(**setting).set(vae)
     assert Sampling().settings(vae) == Sampling().settings(model(**setting))
     assert Sampling().settings(vae).items() >= setting.items()
+
+
+@pytest.mark.parametrize("bad", [["--temperature", "nan"], ["--guidance", "inf"], ["--passes", "0"]], ids=str)
+@pytest.mark.parametrize("verb", ["sample", "score"])
+def test_numbers_that_cannot_be_are_one_line(bad, verb, tmp_path, monkeypatch, capfd):
+    model().save(tmp_path / "model")
+    monkeypatch.setattr(sys, "argv", ["spikegen", verb, str(tmp_path / "model"), *bad, "--device", "cpu"])
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # which the command replaces
+    with pytest.raises(SystemExit) as ended:
+        entry()
+    said = capfd.readouterr().err.splitlines()
+    assert ended.value.code == 2
+    assert len(said) == 1
+    assert bad[0].lstrip("-") in said[0]
+
+
+def test_a_score_draws_so_and_says_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPIKEGEN_DATA", str(tmp_path / "data"))
+    asked = {"reference": "digits", "num": 150, "metrics": ("fid",), "extractor": "cnn", "device": "cpu"}
+    for name, network in (("usual", {}), ("seven", {"passes": 7})):
+        model(**network).save(tmp_path / name)
+    usual = score(tmp_path / "usual", **asked)
+    seven = score(tmp_path / "seven", **asked)
+    found = score(tmp_path / "usual", **asked, sampling=Sampling(passes=7))
+    assert found.metrics == seven.metrics != usual.metrics
+    assert found.settings["sampling"] == {"precision": "fp32", "passes": 7, "temperature": 1.0, "guidance": 0.0}
+    write_images(generate(model(), 150), tmp_path / "images")
+    with pytest.raises(UserError, match="folder of images, which nothing draws: omit --passes, --precision"):
+        score(tmp_path / "images", **asked, sampling=Sampling(passes=7, precision="bf16"))
 
 
 def test_bf16_is_of_the_samples_alone():
