@@ -1,4 +1,4 @@
-"""The whole experiment as one object: model, data, training, prior and scoring, from a preset or a YAML file."""
+"""The whole experiment as one object: model, data, training and its later phases, scoring; from a preset or YAML."""
 
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -14,7 +14,7 @@ from spikegen.spec import Spec, UserError, parse, suggest
 from spikegen.storage import user_mistakes
 from spikegen.vae import ModelConfig
 
-Rate = Annotated[float, Field(gt=0, lt=1)]
+Rate = Annotated[float, Field(ge=0, lt=1)]
 
 
 PRIOR_LOSSES = {"bernoulli": ("mmd", "kl"), "poisson": ("rbf",), "gaussian": ("kl",), "spatial": ("kl",)}
@@ -88,6 +88,24 @@ class PriorConfig(LoopConfig):
     network: MaskedSpec = MaskedSpec()
 
 
+class RefinementConfig(LoopConfig):
+    """The decoder against a network that tells samples from images, after the rest; see refining.py."""
+
+    epochs: float = Field(0.5, gt=0, le=1e6)
+    batch_size: int = Field(32, ge=1)
+    lr: float = Field(4e-4, gt=0, le=1e30)
+    betas: tuple[Rate, Rate] = (0.0, 0.99)
+    clip: Annotated[float, Field(gt=0)] | None = None
+    samples: int = Field(10_240, ge=1)
+    """Drawn once, before it begins."""
+    adversarial: float = Field(0.01, ge=0)
+    """Weight of what the discriminator says, beside reconstruction's, which is 1."""
+    penalty: float = Field(0.1, ge=0)
+    """Weight of half the squared slope of the discriminator at images and at samples, in its own loss."""
+    width: int = Field(32, ge=1, le=2**12)
+    """Channels of the discriminator's first layer."""
+
+
 class ScoringConfig(Spec):
     """How it is scored; `extractor` null is `cnn` where the package ships one for the data, else `inception`."""
 
@@ -112,6 +130,7 @@ class Config(Spec):
     data: DataSpec
     training: TrainingConfig = TrainingConfig()
     prior: PriorConfig | None = None
+    refinement: RefinementConfig | None = None
     scoring: ScoringConfig = ScoringConfig()
 
     @model_validator(mode="after")

@@ -88,7 +88,7 @@ def run_phase(session: Session, phase: Phase, state: State | None) -> None:
     trainer = _Trainer(session, phase, state)
     every = session.config.training
     with progress_bar(session.accelerator.is_main_process) as bar:
-        name = ("training", "training the prior")[phase.number]
+        name = ("training", "training the prior", "refining")[phase.number]
         task = bar.add_task(name, total=phase.last - phase.first, completed=trainer.seen, info="")
         while trainer.step < phase.steps:
             before = trainer.seen

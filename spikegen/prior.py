@@ -21,12 +21,16 @@ from spikegen.stages import ThresholdNorm, fold_time, point_stage, same_stage
 
 Grid = tuple[int, int, int]
 
+SHARE_FLOOR = 0.02
+"""Added to the share of known bits where it scales their currents."""
+
 
 class MaskedSpec(Spec):
     """`blocks` residual spiking blocks of two 3x3 convolutions, spiking self-attention after every `attend_every`-th.
 
     Known bits enter as spikes of an "on" and an "off" channel each, unknown ones are silent. Sampling draws the bits
-    in `passes` passes: a random part of them each, few at first (the cosine schedule), given those drawn before.
+    in `passes` passes: a random part of them each, given those drawn before. A part (i / passes) ** `schedule` is known
+    after pass i, and at least i bits: the first ones decide what the image is, so few are drawn at once.
     """
 
     kind: Literal["masked"] = "masked"
@@ -40,6 +44,7 @@ class MaskedSpec(Spec):
     attention: Attention | None = TCJASpec()
     """In every block, on the spikes between its convolutions."""
     passes: int = Field(16, ge=1, le=2**16)
+    schedule: float = Field(4.0, ge=1, le=64)
     temperature: float = Field(1.0, gt=0)
     """What the logits are divided by in sampling."""
     label_dropout: float = Field(0.1, ge=0, lt=1)
@@ -98,6 +103,27 @@ class SpikingSelfAttention(nn.Module):
         return u + fold_time(self.out, self.attended(counts.flatten(2, 3).unflatten(3, (height, width))))
 
 
+class _LabelTables(nn.Module):
+    """What each label adds: a current to each channel, and to it at each place; log odds to each bit at each place.
+
+    While few bits are known the label says the most; one current for all places left the network to unfold it.
+    """
+
+    def __init__(self, rows: int, channels: int, bits: int, height: int, width: int):
+        super().__init__()
+        self.last, self.grid = rows - 1, (height, width)  # the last row: no label
+        self.channel = nn.Embedding(rows, channels)
+        self.place = nn.Embedding(rows, channels * height * width)
+        self.odds = nn.Embedding(rows, bits * height * width)
+        nn.init.zeros_(self.place.weight)
+        nn.init.zeros_(self.odds.weight)
+
+    def forward(self, label: Int64[Tensor, " B"]) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, "B K H W"]]:
+        """The currents and the log odds."""
+        places = self.place(label).unflatten(1, (-1, *self.grid))
+        return places + self.channel(label)[..., None, None], self.odds(label).unflatten(1, (-1, *self.grid))
+
+
 class MaskedPrior(nn.Module):
     """See MaskedSpec."""
 
@@ -108,7 +134,7 @@ class MaskedPrior(nn.Module):
         bits = num_steps * channels
         self.stem = nn.Conv2d(2 * bits, spec.channels, 3, padding=1)
         self.place = nn.Parameter(torch.zeros(spec.channels, height, width))
-        self.label = nn.Embedding(num_labels + 1, spec.channels) if num_labels else None  # the last one: no label
+        self.label = _LabelTables(num_labels + 1, spec.channels, bits, height, width) if num_labels else None
         blocks: list[nn.Module] = []
         for i in range(1, spec.blocks + 1):
             blocks.append(Residual(spec, engine))
@@ -144,21 +170,25 @@ class MaskedPrior(nn.Module):
         self, bits: Float[Tensor, "B K H W"], known: Bool[Tensor, "B K H W"], label: Int64[Tensor, " B"] | None
     ) -> Float[Tensor, "B K H W"]:
         """Log odds of every bit, seeing the known ones; UserError without a label where the prior has labels."""
-        u = self.stem(torch.cat([bits * known, (1 - bits) * known], 1)) + self.place
+        # However few bits are known, their currents have one scale; the floor keeps a few bits from counting too much.
+        scale = (known.float().mean((1, 2, 3), keepdim=True) + SHARE_FLOOR).rsqrt()
+        u = self.stem(torch.cat([bits * known, (1 - bits) * known], 1))
+        u, odds = u * scale.to(u.dtype) + self.place, 0
         if self.label is not None:
             if label is None:
                 raise UserError("this model was trained with labels: its prior needs one for every image")
-            u = u + self.label(label)[..., None, None]
+            currents, odds = self.label(label)
+            u = u + currents
         u = u.expand(self.spec.num_steps, *u.shape)
         for block in self.blocks:
             u = block(u)
-        logits: Tensor = self.readout(self.fires(u).mean(0))
+        logits: Tensor = self.readout(self.fires(u).mean(0)) + odds
         return logits
 
     def set_sampling(self, **settings: float | int) -> None:
         """Draw with other `passes`, `temperature`, `guidance`; UserError for guidance that it was not trained for."""
         spec = parse(MaskedSpec, self.spec.model_dump() | settings, "sampling")
-        spec.check_guidance(self.label.num_embeddings - 1 if self.label else 0, "guidance")
+        spec.check_guidance(self.label.last if self.label else 0, "guidance")
         self.spec = spec
 
     def noise_shape(self) -> tuple[int, int]:
@@ -172,12 +202,11 @@ class MaskedPrior(nn.Module):
         """Spikes drawn in `passes` passes; image b depends on its own numbers and label alone."""
         order, draws = uniform
         rank = order.argsort(-1).argsort(-1)
-        count, passes = rank.shape[-1], self.spec.passes
+        count = rank.shape[-1]
         shape = (-1, self.num_steps * self.grid[0], *self.grid[1:])
         rank, draws = rank.view(shape), draws.view(shape)
         bits, done = torch.zeros_like(draws), 0
-        for i in range(1, passes + 1):
-            now = count if i == passes else round(count * (1 - math.cos(math.pi / 2 * i / passes)))
+        for now in _known_after(self.spec.passes, count, self.spec.schedule):
             odds = self._odds(bits, rank < done, label)
             bits = torch.where((rank >= done) & (rank < now), (draws < odds.sigmoid()).to(bits.dtype), bits)
             done = now
@@ -194,7 +223,7 @@ class MaskedPrior(nn.Module):
 
     def _no_label(self, label: Tensor) -> Tensor:
         assert self.label is not None
-        return torch.full_like(label, self.label.num_embeddings - 1)
+        return torch.full_like(label, self.label.last)
 
     def _to_grid(self, spikes: Tensor) -> Tensor:
         """[T, B, c h w] to [B, T c, h, w]."""
@@ -213,6 +242,12 @@ class _Fires(nn.Module):
         """Spikes, in the dtype of the currents."""
         spikes: Tensor = self.neuron.fire(u, self.norm.of(u), len(u))[0]
         return spikes.to(u.dtype)
+
+
+def _known_after(passes: int, count: int, schedule: float) -> list[int]:
+    """How many of `count` bits are known after each pass; no more passes than bits."""
+    passes = min(passes, count)
+    return [max(i, round(count * (i / passes) ** schedule)) for i in range(1, passes + 1)]
 
 
 def _silent(layer: nn.Conv2d) -> nn.Conv2d:

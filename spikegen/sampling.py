@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from jaxtyping import UInt8
@@ -13,6 +13,8 @@ from spikegen.data import to_uint8
 from spikegen.progress import progress_bar
 from spikegen.spec import Spec, UserError
 from spikegen.vae import SpikingVAE
+
+Made = TypeVar("Made")
 
 
 class Sampling(Spec):
@@ -38,7 +40,11 @@ class Sampling(Spec):
 
     def settings(self, model: SpikingVAE) -> dict[str, Any]:
         """What a score has to say of them."""
-        prior = model.prior.spec.model_dump(include={"passes", "temperature", "guidance"}) if model.prior else {}
+        prior = (
+            model.prior.spec.model_dump(include={"passes", "schedule", "temperature", "guidance"})
+            if model.prior
+            else {}
+        )
         return {"precision": self.precision, **prior}
 
 
@@ -57,16 +63,16 @@ def generate(
         )
     with progress_bar() as bar:
         task = bar.add_task("sampling", total=num, info="")
-        for images in _in_precision(model.samples(num, seed=seed, label=label), model.device, sampling.precision):
+        for images in in_precision(model.samples(num, seed=seed, label=label), model.device, sampling.precision):
             bar.advance(task, len(images))
             yield to_uint8(images.float().cpu())
 
 
-def _in_precision(images: Iterator[Tensor], device: torch.device, precision: str) -> Iterator[Tensor]:
-    """Each next of `images` made under autocast where `precision` asks for it; what uses them is not."""
+def in_precision(made: Iterator[Made], device: torch.device, precision: str) -> Iterator[Made]:
+    """Each next of `made` under autocast where `precision` asks for it; what uses them is not."""
     while True:
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            batch = next(images, None)
+            batch = next(made, None)
         if batch is None:
             return
         yield batch

@@ -1,28 +1,26 @@
-"""Training a config into a run folder: the autoencoder, then, where the config has one, the prior over its spikes."""
+"""Training a config into a run folder: the autoencoder, then the later phases that the config has."""
 
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast
-from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
-from spikegen.config import Config, PriorConfig
-from spikegen.data import ImageSet, to_model
-from spikegen.extractors import CNN_SIZES, SmallCNN, load_cnn
+from spikegen.config import Config
+from spikegen.data import ImageSet
 from spikegen.kernels import choose
-from spikegen.loop import Parts, Phase, Session, State, average_of, foreign_checkpoint, leave_if_stopped, run_phase
-from spikegen.metrics import accuracy, reconstruction_mse
-from spikegen.objective import loss_parts
-from spikegen.prior import MaskedPrior
+from spikegen.loop import Session, State, foreign_checkpoint, leave_if_stopped, run_phase
+from spikegen.phases import autoencoder_phase, load_judge, prior_phase, refining_phase
 from spikegen.runs import Run, pick_device
 from spikegen.spec import UserError
 from spikegen.stopping import stop_signals
 from spikegen.vae import SpikingVAE
+
+LATER_PHASES = ("prior", "refinement")
+"""Sections of a config that a finished run may be given."""
 
 DEVICE_LIMIT = 2 * 1024**3
 """Training images up to this many bytes are kept on the device; larger sets stay memory-mapped."""
@@ -32,8 +30,8 @@ def train(config: Config, out: str | Path, *, resume: bool = False, device: str 
     """Train `config` into the run folder `out` and return its path.
 
     `resume` goes on from the newest checkpoint exactly as if there had been no stop; to a run whose config has no
-    `prior` section it may add one. Raises UserError for a mistake in the config or the folder, Interrupted and
-    Diverged.
+    `prior` or no `refinement` section it may add one, but no prior after a refinement. Raises UserError for a mistake
+    in the config or the folder, Interrupted and Diverged.
     """
     run, settings = Run(out), config.training
     wanted = pick_device(device)
@@ -60,7 +58,7 @@ def train(config: Config, out: str | Path, *, resume: bool = False, device: str 
     if accelerator.is_main_process:
         if resume:
             run.forget_after(seen)
-        if not resume or run.config().prior != config.prior:
+        if not resume or any(getattr(run.config(), phase) != getattr(config, phase) for phase in LATER_PHASES):
             run.start(config)
     accelerator.wait_for_everyone()
     writer = None
@@ -70,17 +68,31 @@ def train(config: Config, out: str | Path, *, resume: bool = False, device: str 
         session = Session(run, config, accelerator, train_set, test_set, engine, writer, stop)
         torch.manual_seed(settings.seed)
         model = build_model(config, train_set.classes).to(accelerator.device)
-        first = _autoencoder_phase(session, model)
-        if number == 0:
-            run_phase(session, first, state)
-        if config.prior is not None:
-            leave_if_stopped(session, first.last)
-            torch.manual_seed(settings.seed + 1)
-            if number == 1:
-                _load_frozen(first.product, state, run)
-            second = _prior_phase(session, first.product, config.prior, first.last)
-            run_phase(session, second, state if number == 1 else None)
+        _run_phases(session, model, state, number)
     return run.path
+
+
+def _run_phases(session: Session, model: SpikingVAE, state: State | None, number: int) -> None:
+    """Those that the config has, from the beginning or from a checkpoint's `state` of phase `number`."""
+    config = session.config
+    phase = autoencoder_phase(session, model)
+    if number == 0:
+        run_phase(session, phase, state)
+    if config.prior is not None:
+        leave_if_stopped(session, phase.last)
+        torch.manual_seed(config.training.seed + 1)
+        if number == 1:
+            _load_frozen(phase.product, state, session.run)
+        phase = prior_phase(session, phase.product, config.prior, phase.last)
+        if number <= 1:
+            run_phase(session, phase, state if number == 1 else None)
+    if config.refinement is not None:
+        leave_if_stopped(session, phase.last)
+        torch.manual_seed(config.training.seed + 2)
+        if number == 2:
+            _load_frozen(phase.product, state, session.run)
+        own = state if number == 2 else None
+        run_phase(session, refining_phase(session, phase.product, config.refinement, phase.last, own), own)
 
 
 def build_model(config: Config, classes: tuple[str, ...]) -> SpikingVAE:
@@ -91,7 +103,7 @@ def build_model(config: Config, classes: tuple[str, ...]) -> SpikingVAE:
 
 def dry_run(config: Config) -> str:
     """Build the model on the meta device, which takes no memory, and say how large it is."""
-    _judge(config, torch.device("cpu"))
+    load_judge(config, torch.device("cpu"))
     with torch.device("meta"):
         model = build_model(config, config.data.class_names())
         if config.prior is not None:
@@ -101,63 +113,7 @@ def dry_run(config: Config) -> str:
     return f"{count:,} parameters{prior}; images {model.image_shape}; {len(model.classes)} classes"
 
 
-# ---- the phases ------------------------------------------------------------------------------------------------------
-
-
-def _autoencoder_phase(session: Session, model: SpikingVAE) -> Phase:
-    """Everything but a learnt prior."""
-    config = session.config
-    average = average_of(model, config.training.ema)
-    averaged = cast(SpikingVAE, average.module)
-    judge = _judge(config, session.accelerator.device)
-
-    def loss(wrapped: nn.Module, image: Tensor, label: Tensor | None, progress: float) -> Parts:
-        output = wrapped(image, label, progress=progress)
-        with torch.autocast(image.device.type, enabled=False):
-            return loss_parts(output, image, label, config.training.losses, judge)
-
-    return Phase(
-        0, config.training, len(session.train_set), 0, model, average, averaged, loss,
-        lambda: _evaluate(averaged, session.test_set, config),
-    )  # fmt: skip
-
-
-def _judge(config: Config, device: torch.device) -> SmallCNN | None:
-    """The network of the perceptual loss; UserError where the data has none."""
-    if not config.training.losses.perceptual:
-        return None
-    name = config.data.name
-    if name not in CNN_SIZES:
-        raise UserError(
-            f"training.losses.perceptual needs a shipped classifier, which {name} has not, only "
-            f"{', '.join(CNN_SIZES)}; set it to 0"
-        )
-    return load_cnn(name).eval().requires_grad_(False).to(device)
-
-
-def _prior_phase(session: Session, vae: SpikingVAE, settings: PriorConfig, seen: int) -> Phase:
-    """The prior over the spikes of `vae`, which is frozen: the average that the first phase left."""
-    vae.requires_grad_(False)
-    if session.accelerator.num_processes > 1:
-        for statistics in vae.buffers():  # of norms: each process has its own; the first one's are what is saved
-            broadcast(statistics)
-    frozen = {k: v.clone() for k, v in vae.state_dict().items()}
-    prior = vae.add_prior(settings.network)
-    average = average_of(prior, settings.ema)
-    averaged = vae.prior = cast(MaskedPrior, average.module)
-    conditional = vae.config.conditional
-
-    def loss(wrapped: nn.Module, image: Tensor, label: Tensor | None, progress: float) -> Parts:
-        with torch.no_grad():
-            bits = vae.eval().encode(image, seed=int(torch.randint(2**62, ()))).spikes  # drawn anew at every step
-        entropy = wrapped(bits, label if conditional else None)
-        return {"loss/prior_entropy": entropy, "prior_entropy": entropy}
-
-    def evaluate() -> dict[str, float]:
-        return _evaluate_prior(vae, averaged, session.test_set, session.config)
-
-    kept = {"vae": frozen}
-    return Phase(1, settings, len(session.train_set), seen, prior, average, vae, loss, evaluate, kept=lambda: kept)
+# ---- parts of the above ----------------------------------------------------------------------------------------------
 
 
 def _place(state: State | None, config: Config, run: Run) -> tuple[int, int]:
@@ -165,7 +121,8 @@ def _place(state: State | None, config: Config, run: Run) -> tuple[int, int]:
     if state is None:
         return 0, 0
     number, seen, step = state.get("phase", 0), state.get("images_seen"), state.get("step")
-    if number not in range(2 if config.prior else 1) or not isinstance(seen, int) or not isinstance(step, int):
+    phases = {0} | ({1} if config.prior else set()) | ({2} if config.refinement else set())
+    if number not in phases or not isinstance(seen, int) or not isinstance(step, int):
         raise foreign_checkpoint(run)
     return int(number), seen
 
@@ -178,47 +135,13 @@ def _load_frozen(vae: SpikingVAE, state: State | None, run: Run) -> None:
         raise foreign_checkpoint(run) from None
 
 
-@torch.no_grad()
-def _evaluate(model: SpikingVAE, data: ImageSet, config: Config) -> dict[str, float]:
-    """Reconstruction and accuracy of the averaged weights on the first test images."""
-    row: dict[str, float] = {}
-    count = min(config.training.evaluate, len(data))
-    if not count:
-        return row
-    model.eval()
-    images = data.images[:count]
-    row["test_recon"] = reconstruction_mse(lambda x, k: model.reconstruct(x.to(model.device), first=k), images).value
-    if model.head is not None and data.labels is not None:
-        labels = data.labels[:count]
-        row["test_accuracy"] = accuracy(lambda x, k: model.classify(x.to(model.device), first=k), images, labels).value
-    return row
-
-
-@torch.no_grad()
-def _evaluate_prior(vae: SpikingVAE, prior: MaskedPrior, data: ImageSet, config: Config) -> dict[str, float]:
-    """The averaged prior's cross-entropy on the first test images' bits, always the same ones masked."""
-    count = min(config.training.evaluate, len(data))
-    if not count:
-        return {}
-    vae.eval(), prior.eval()
-    torch.manual_seed(0)  # every step sets its own
-    total = 0.0
-    for k in range(0, count, 250):
-        part = slice(k, min(k + 250, count))
-        bits = vae.encode(to_model(data.images[part]).to(vae.device), first=k).spikes
-        label = data.labels[part].to(vae.device) if data.labels is not None and vae.config.conditional else None
-        total += prior(bits, label).item() * bits.shape[1]
-    return {"test_prior_entropy": total / count}
-
-
-# ---- parts of the above ----------------------------------------------------------------------------------------------
-
-
 def _batch_sizes(config: Config) -> Iterator[tuple[str, int, int]]:
     """Each phase's key, batch size and time steps, over which norms take their statistics too."""
     yield "training.batch_size", config.training.batch_size, config.model.num_steps
     if config.prior is not None:
         yield "prior.batch_size", config.prior.batch_size, config.prior.network.num_steps
+    if config.refinement is not None:
+        yield "refinement.batch_size", config.refinement.batch_size, 2  # its norms take no statistics
 
 
 def _move(data: ImageSet, device: torch.device) -> ImageSet:
@@ -227,8 +150,9 @@ def _move(data: ImageSet, device: torch.device) -> ImageSet:
 
 
 def _require_same(config: Config, before: Config, run: Run) -> None:
-    """UserError for the first key in which a resumed run would differ from what it was; a prior may be added."""
-    without = {"scoring"} if before.prior is not None else {"scoring", "prior"}
+    """UserError for the first key in which a resumed run would differ from what it was; later phases may be added."""
+    later = LATER_PHASES if before.refinement is None else ()
+    without = {"scoring"} | {phase for phase in later if getattr(before, phase) is None}
     old, new = before.model_dump(exclude=without), config.model_dump(exclude=without)
     for key, was, now in _differences(old, new):
         if key != "data.root":

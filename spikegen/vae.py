@@ -187,23 +187,15 @@ class SpikingVAE(nn.Module, PyTorchModelHubMixin):
         self, num: int, *, seed: int = 0, label: int | None = None, first: int = 0
     ) -> Iterator[Float[Tensor, "B C H W"]]:
         """What `sample` gives, a chunk at a time; on a CUDA device many chunks replay one recorded graph."""
-        if num < 1:
-            raise UserError(f"the number of samples must be at least 1; got {num}")
-        self._check_label(label)
-        chunks = range(first // SAMPLE_CHUNK, (first + num - 1) // SAMPLE_CHUNK + 1)
-        make: Call | None = None
         source = self.prior or self.latent
-        for chunk in chunks:
-            start = chunk * SAMPLE_CHUNK
-            was_training = self.training
-            self.eval()
-            try:
-                noise, labels = self._sample_draws(start, seed, label)
-                make = make or recorded(lambda u, y: self.decode(source.sample(u, y)), noise, labels, len(chunks))
-                images = make(noise, labels)
-            finally:
-                self.train(was_training)
-            yield images[max(first - start, 0) : first + num - start]
+        for images, _, kept in self._chunks(lambda u, y: self.decode(source.sample(u, y)), num, seed, label, first):
+            yield images[kept]
+
+    @torch.no_grad()
+    def draws(self, num: int, *, seed: int = 0) -> Iterator[tuple[Float[Tensor, "T B D"], Int64[Tensor, " B"] | None]]:
+        """What the samples 0 .. num-1 of a seed are decoded from, a chunk at a time: spikes, and their labels."""
+        for spikes, labels, kept in self._chunks((self.prior or self.latent).sample, num, seed, None, 0):
+            yield spikes[:, kept], None if labels is None else labels[kept]
 
     def sample_labels(self, num: int, *, seed: int = 0, first: int = 0) -> Int64[Tensor, " {num}"] | None:
         """The classes that `sample` draws when none is fixed; None where the model is not conditional."""
@@ -264,6 +256,27 @@ class SpikingVAE(nn.Module, PyTorchModelHubMixin):
         if self.training:
             return torch.rand(steps, len(image), *rest, device=image.device)
         return uniform_per_image(seed, first, len(image), (steps, *rest), image.device)
+
+    def _chunks(
+        self, make: Call, num: int, seed: int, label: int | None, first: int
+    ) -> Iterator[tuple[Tensor, Tensor | None, slice]]:
+        """make(noise, labels) of each full chunk that has samples first .. first+num-1; its labels; which to keep."""
+        if num < 1:
+            raise UserError(f"the number of samples must be at least 1; got {num}")
+        self._check_label(label)
+        chunks = range(first // SAMPLE_CHUNK, (first + num - 1) // SAMPLE_CHUNK + 1)
+        call: Call | None = None
+        for chunk in chunks:
+            start = chunk * SAMPLE_CHUNK
+            was_training = self.training
+            self.eval()
+            try:
+                noise, labels = self._sample_draws(start, seed, label)
+                call = call or recorded(make, noise, labels, len(chunks))
+                made = call(noise, labels)
+            finally:
+                self.train(was_training)
+            yield made, labels, slice(max(first - start, 0), first + num - start)
 
     def _sample_draws(self, first: int, seed: int, label: int | None) -> tuple[Tensor, Tensor | None]:
         """The uniform numbers and the labels of the chunk of samples that starts at `first`."""

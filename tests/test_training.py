@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import spikegen.loop as loop
+import spikegen.phases as phases
 import spikegen.training as training
 from spikegen import UserError, train
 from spikegen.prior import MaskedPrior
@@ -35,7 +36,7 @@ def same(a: Any, b: Any) -> bool:
 
 def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int, signum: int) -> None:
     """Send this process `signum` in the middle of training step `step`."""
-    real, calls = training.loss_parts, []
+    real, calls = phases.loss_parts, []
 
     def loss_parts(*args: Any) -> dict[str, torch.Tensor]:
         calls.append(None)
@@ -43,7 +44,7 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int, signum: int) -> Non
             os.kill(os.getpid(), signum)
         return real(*args)
 
-    monkeypatch.setattr(training, "loss_parts", loss_parts)
+    monkeypatch.setattr(phases, "loss_parts", loss_parts)
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
@@ -175,14 +176,14 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_checkpoint(tm
 
 
 def test_a_checkpoint_survives_a_loss_that_is_no_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, calls = training.loss_parts, []
+    real, calls = phases.loss_parts, []
 
     def loss_parts(*args: Any) -> dict[str, torch.Tensor]:
         calls.append(None)
         parts = real(*args)
         return parts | {"loss/recon": parts["loss/recon"] * float("nan")} if len(calls) == 9 else parts
 
-    monkeypatch.setattr(training, "loss_parts", loss_parts)
+    monkeypatch.setattr(phases, "loss_parts", loss_parts)
     with pytest.raises(loop.Diverged, match="step 8"):
         train(tiny_config(), tmp_path / "run", device="cpu")
     state = Run(tmp_path / "run").load_checkpoint(torch.device("cpu"))
@@ -416,7 +417,7 @@ from spikegen import training
 from tests.test_training import PRIOR, SPATIAL
 from tests.tiny import tiny_config
 
-original = training._prior_phase
+original = training.prior_phase
 
 def watched(*args):
     phase = original(*args)
@@ -424,7 +425,7 @@ def watched(*args):
     Path(sys.argv[1], "rank" + os.environ["RANK"]).write_text(hashlib.sha256(frozen).hexdigest())
     return phase
 
-training._prior_phase = watched
+training.prior_phase = watched
 training.train(tiny_config(**SPATIAL, **PRIOR), Path(sys.argv[1], "run"), device="cpu")
 """
 

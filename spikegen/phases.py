@@ -1,0 +1,160 @@
+"""The phases of a run: the autoencoder, a prior over its spikes, and the decoder's refinement."""
+
+from typing import cast
+
+import torch
+from accelerate.utils import broadcast
+from torch import Tensor, nn
+
+from spikegen.config import Config, PriorConfig, RefinementConfig
+from spikegen.data import ImageSet, to_model
+from spikegen.extractors import CNN_SIZES, SmallCNN, load_cnn
+from spikegen.loop import Parts, Phase, Session, State, average_of, leave_if_stopped
+from spikegen.metrics import accuracy, reconstruction_mse
+from spikegen.objective import loss_parts
+from spikegen.prior import MaskedPrior
+from spikegen.progress import progress_bar
+from spikegen.refining import Game
+from spikegen.sampling import in_precision
+from spikegen.spec import UserError
+from spikegen.vae import SpikingVAE
+
+
+def autoencoder_phase(session: Session, model: SpikingVAE) -> Phase:
+    """Everything but a learnt prior."""
+    config = session.config
+    average = average_of(model, config.training.ema)
+    averaged = cast(SpikingVAE, average.module)
+    judge = load_judge(config, session.accelerator.device)
+
+    def loss(wrapped: nn.Module, image: Tensor, label: Tensor | None, progress: float) -> Parts:
+        output = wrapped(image, label, progress=progress)
+        with torch.autocast(image.device.type, enabled=False):
+            return loss_parts(output, image, label, config.training.losses, judge)
+
+    return Phase(
+        0, config.training, len(session.train_set), 0, model, average, averaged, loss,
+        lambda: _evaluate(averaged, session.test_set, config),
+    )  # fmt: skip
+
+
+def load_judge(config: Config, device: torch.device) -> SmallCNN | None:
+    """The network of the perceptual loss; UserError where the data has none."""
+    if not config.training.losses.perceptual:
+        return None
+    name = config.data.name
+    if name not in CNN_SIZES:
+        raise UserError(
+            f"training.losses.perceptual needs a shipped classifier, which {name} has not, only "
+            f"{', '.join(CNN_SIZES)}; set it to 0"
+        )
+    return load_cnn(name).eval().requires_grad_(False).to(device)
+
+
+def prior_phase(session: Session, vae: SpikingVAE, settings: PriorConfig, seen: int) -> Phase:
+    """The prior over the spikes of `vae`, which is frozen: the average that the first phase left."""
+    vae.requires_grad_(False)
+    frozen = _agreed(vae, session)
+    prior = vae.add_prior(settings.network)
+    average = average_of(prior, settings.ema)
+    averaged = vae.prior = cast(MaskedPrior, average.module)
+    conditional = vae.config.conditional
+
+    def loss(wrapped: nn.Module, image: Tensor, label: Tensor | None, progress: float) -> Parts:
+        with torch.no_grad():
+            bits = vae.eval().encode(image, seed=int(torch.randint(2**62, ()))).spikes  # drawn anew at every step
+        entropy = wrapped(bits, label if conditional else None)
+        return {"loss/prior_entropy": entropy, "prior_entropy": entropy}
+
+    def evaluate() -> dict[str, float]:
+        return _evaluate_prior(vae, averaged, session.test_set, session.config)
+
+    kept = {"vae": frozen}
+    return Phase(1, settings, len(session.train_set), seen, prior, average, vae, loss, evaluate, kept=lambda: kept)
+
+
+def refining_phase(
+    session: Session, vae: SpikingVAE, settings: RefinementConfig, seen: int, state: State | None
+) -> Phase:
+    """The decoder of `vae` against a discriminator, over spikes drawn now or, from a checkpoint's `state`, then."""
+    frozen = _agreed(vae, session)
+    spikes, labels = (state["spikes"], state["labels"]) if state else _draw(session, vae, settings, seen)
+    kept = {"vae": frozen, "spikes": spikes, "labels": labels}
+    game = Game(vae, settings.width)
+    average = average_of(game, settings.ema)
+    averaged = cast(Game, average.module).vae
+    conditional = vae.config.conditional
+
+    def loss(wrapped: nn.Module, image: Tensor, label: Tensor | None, progress: float) -> Parts:
+        which = torch.randint(spikes.shape[1], (len(image),)).to(spikes.device)
+        drawn = None if labels is None else labels[which]
+        parts: Parts = wrapped(image, label if conditional else None, spikes[:, which].to(image.dtype), drawn)
+        return parts | {
+            "loss/recon": parts["recon"],
+            "loss/adversarial": settings.adversarial * parts["adversarial"],
+            "loss/discriminator": parts["discriminator"] + settings.penalty / 2 * parts["penalty"],
+        }
+
+    return Phase(
+        2, settings, len(session.train_set), seen, game, average, averaged, loss,
+        lambda: _evaluate(averaged, session.test_set, session.config), kept=lambda: kept,
+    )  # fmt: skip
+
+
+# ---- parts of the above ----------------------------------------------------------------------------------------------
+
+
+def _agreed(vae: SpikingVAE, session: Session) -> State:
+    """The weights as they are now, which a phase leaves frozen: every process has the first one's."""
+    if session.accelerator.num_processes > 1:
+        for statistics in vae.buffers():  # of norms: each process has its own; the first one's are what is saved
+            broadcast(statistics)
+    return {k: v.clone() for k, v in vae.state_dict().items()}
+
+
+def _draw(session: Session, vae: SpikingVAE, settings: RefinementConfig, seen: int) -> tuple[Tensor, Tensor | None]:
+    """Spikes [T, N, D] as bools, and their labels; of a seed of their own, so that a score's samples are others."""
+    spikes: list[Tensor] = []
+    labels: list[Tensor] = []
+    seed = int(torch.randint(2**62, ()))  # follows training.seed
+    with progress_bar(session.accelerator.is_main_process) as bar:
+        task = bar.add_task("drawing samples", total=settings.samples, info="")
+        for part, label in in_precision(vae.draws(settings.samples, seed=seed), vae.device, settings.precision):
+            leave_if_stopped(session, seen)
+            spikes.append(part.bool())
+            labels += [] if label is None else [label]
+            bar.advance(task, part.shape[1])
+    return torch.cat(spikes, 1), torch.cat(labels) if labels else None
+
+
+@torch.no_grad()
+def _evaluate(model: SpikingVAE, data: ImageSet, config: Config) -> dict[str, float]:
+    """Reconstruction and accuracy of the averaged weights on the first test images."""
+    row: dict[str, float] = {}
+    count = min(config.training.evaluate, len(data))
+    if not count:
+        return row
+    model.eval()
+    images = data.images[:count]
+    row["test_recon"] = reconstruction_mse(lambda x, k: model.reconstruct(x.to(model.device), first=k), images).value
+    if model.head is not None and data.labels is not None:
+        labels = data.labels[:count]
+        row["test_accuracy"] = accuracy(lambda x, k: model.classify(x.to(model.device), first=k), images, labels).value
+    return row
+
+
+@torch.no_grad()
+def _evaluate_prior(vae: SpikingVAE, prior: MaskedPrior, data: ImageSet, config: Config) -> dict[str, float]:
+    """The averaged prior's cross-entropy on the first test images' bits, always the same ones masked."""
+    count = min(config.training.evaluate, len(data))
+    if not count:
+        return {}
+    vae.eval(), prior.eval()
+    torch.manual_seed(0)  # every step sets its own
+    total = 0.0
+    for k in range(0, count, 250):
+        part = slice(k, min(k + 250, count))
+        bits = vae.encode(to_model(data.images[part]).to(vae.device), first=k).spikes
+        label = data.labels[part].to(vae.device) if data.labels is not None and vae.config.conditional else None
+        total += prior(bits, label).item() * bits.shape[1]
+    return {"test_prior_entropy": total / count}

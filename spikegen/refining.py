@@ -1,0 +1,102 @@
+"""Refining the decoder: a network learns to tell samples from images, the decoder to make that hard.
+
+The two play the relativistic game (RpGAN with zero-centred penalties, arXiv 2501.05441), over spikes that the frozen
+prior drew once; copies of images must stay what they were. The discriminator is an ordinary network that training
+alone needs: it is not saved with the model.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from spikegen.losses import reconstruction
+from spikegen.vae import SpikingVAE
+
+PROBE = 0.01
+"""The standard deviation of the steps in which the penalty measures a slope, in units of pixels in [-1, 1]."""
+
+
+class Discriminator(nn.Module):
+    """Scores images: convolutions that halve them down to 4x4, a score of the whole, one more for its label."""
+
+    def __init__(self, image_shape: tuple[int, int, int], num_labels: int, width: int):
+        super().__init__()
+        channels, *size = image_shape
+        layers: list[nn.Module] = []
+        wide = width
+        while max(size) > 4:
+            layers += [nn.Conv2d(channels, wide, 3, stride=2, padding=1), nn.LeakyReLU(0.2)]
+            if wide > width:
+                layers += [nn.Conv2d(wide, wide, 3, padding=1), nn.LeakyReLU(0.2)]
+            channels, wide, size = wide, min(2 * wide, 4 * width), [math.ceil(s / 2) for s in size]
+        layers += [nn.Conv2d(channels, wide, (size[0], size[1])), nn.LeakyReLU(0.2)]
+        self.features = nn.Sequential(*layers)
+        self.score = nn.Linear(wide, 1)
+        self.label = nn.Embedding(num_labels, wide) if num_labels else None
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, image: Float[Tensor, "B C H W"], label: Int64[Tensor, " B"] | None) -> Float[Tensor, " B"]:
+        """Higher for what looks like an image, one of its label where there are labels (arXiv 1802.05637)."""
+        features = self.features(image).flatten(1)
+        score: Tensor = self.score(features)[:, 0]
+        if self.label is not None:
+            assert label is not None
+            score = score + (features * self.label(label)).sum(1) / math.sqrt(features.shape[1])
+        return score
+
+
+class Game(nn.Module):
+    """Both players; of the model only the decoder learns, its norms as they are in sampling."""
+
+    def __init__(self, vae: SpikingVAE, width: int):
+        super().__init__()
+        self.vae = vae.requires_grad_(False)
+        for part in (vae.expand, vae.decoder, vae.readout):
+            part.requires_grad_(True)
+        labels = len(vae.classes) if vae.config.conditional else 0
+        self.discriminator = Discriminator(vae.image_shape, labels, width).to(vae.device)
+
+    def train(self, mode: bool = True) -> "Game":
+        """The model stays in evaluation mode."""
+        super().train(mode)
+        self.vae.eval()
+        return self
+
+    def forward(
+        self,
+        image: Float[Tensor, "B C H W"],
+        label: Int64[Tensor, " B"] | None,
+        spikes: Float[Tensor, "T b D"],
+        drawn_label: Int64[Tensor, " b"] | None,
+    ) -> dict[str, Float[Tensor, ""]]:
+        """The unweighted terms: `recon` and `adversarial` move the decoder, `discriminator` and `penalty` the other.
+
+        `spikes` and `drawn_label` are the prior's, as many as there are images.
+        """
+        with torch.no_grad():
+            own = self.vae.encode(image, seed=int(torch.randint(2**62, ()))).spikes
+        copies, samples = self.vae.decode(torch.cat([own, spikes.to(own.dtype)], 1)).float().chunk(2)
+        with torch.autocast(image.device.type, enabled=False):
+            return {
+                "recon": reconstruction(copies, image),
+                **self._scores(image, label, samples, drawn_label),
+            }
+
+    def _scores(self, image: Tensor, label: Tensor | None, samples: Tensor, drawn: Tensor | None) -> dict[str, Tensor]:
+        given = samples.detach()
+        labels = None if label is None or drawn is None else torch.cat([label, drawn] * 2)
+        both = torch.cat([image, given])
+        found = self.discriminator(torch.cat([both, both + PROBE * torch.randn_like(both)]), labels)
+        real, fake, *_ = found.chunk(4)
+        slope = (found.chunk(2)[1] - found.chunk(2)[0]) / PROBE  # along a random direction: its square's mean is
+        fixed = {name: p.detach() for name, p in self.discriminator.named_parameters()}  # that of the gradient's norm
+        judged = torch.func.functional_call(self.discriminator, fixed, (samples, drawn))
+        return {
+            "adversarial": F.softplus(real.detach() - judged).mean(),
+            "discriminator": F.softplus(fake - real).mean(),
+            "penalty": 2 * slope.square().mean(),  # images' and samples'
+            "told_apart": (real > fake).float().mean(),
+        }
