@@ -56,6 +56,13 @@ def sampling_options(command: F) -> F:
         click.option(
             "--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True, help="Of drawing."
         ),
+        click.option(
+            "--candidates",
+            type=click.IntRange(1, 1024),
+            default=1,
+            show_default=True,
+            help="Draw what the model's own head takes for another class again, until so many draws.",
+        ),
         click.option("--guidance", type=click.FloatRange(min=0), help="Of the learnt prior.  [default: the run's]"),
         click.option("--temperature", type=positive, help="Of the learnt prior's bits.  [default: the run's]"),
         click.option("--passes", type=click.IntRange(1, 2**16), help="Of the learnt prior.  [default: the run's]"),

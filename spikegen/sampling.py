@@ -1,5 +1,6 @@
 """How samples of a trained model are drawn, and drawing them."""
 
+import math
 import warnings
 from collections.abc import Iterator
 from typing import Any, Literal, TypeVar
@@ -9,29 +10,38 @@ from jaxtyping import UInt8
 from pydantic import Field
 from torch import Tensor
 
-from spikegen.data import to_uint8
+from spikegen.data import to_model, to_uint8
 from spikegen.progress import progress_bar
 from spikegen.spec import Spec, UserError
-from spikegen.vae import SpikingVAE
+from spikegen.vae import SAMPLE_CHUNK, SpikingVAE
 
 Made = TypeVar("Made")
 
+NEXT_DRAW = 0x9E3779B97F4A7C15
+"""From one draw's seed to the next one's, modulo 2^64: far from the seeds that people choose."""
+
 
 class Sampling(Spec):
-    """What differs from how the model was saved: the learnt prior's settings (see MaskedSpec), and the precision."""
+    """What differs from how the model was saved: the learnt prior's settings (see MaskedSpec), and the precision.
+
+    `candidates`: each image is the first of so many draws in which the model's own head sees the label, else the last.
+    """
 
     passes: int | None = Field(None, ge=1, le=2**16)
     temperature: float | None = Field(None, gt=0)
     guidance: float | None = Field(None, ge=0)
     precision: Literal["fp32", "bf16"] = "fp32"
+    candidates: int = Field(1, ge=1, le=2**10)
 
     def options(self) -> str:
         """Those that were given, as the command line spells them."""
         return ", ".join(f"--{name}" for name in self.model_dump(exclude_defaults=True))
 
     def set(self, model: SpikingVAE) -> None:
-        """Give the model's prior these settings; UserError for a model without one, or one that cannot be guided."""
-        changes = self.model_dump(exclude={"precision"}, exclude_none=True)
+        """Give the model's prior these settings; UserError for a model that has no use for one of them."""
+        if self.candidates > 1 and (model.head is None or not model.config.conditional):
+            raise UserError("--candidates is for models with labels and a classifier head: omit it")
+        changes = self.model_dump(exclude={"precision", "candidates"}, exclude_none=True)
         if not changes:
             return
         if model.prior is None:
@@ -40,12 +50,10 @@ class Sampling(Spec):
 
     def settings(self, model: SpikingVAE) -> dict[str, Any]:
         """What a score has to say of them."""
-        prior = (
-            model.prior.spec.model_dump(include={"passes", "schedule", "temperature", "guidance"})
-            if model.prior
-            else {}
-        )
-        return {"precision": self.precision, **prior}
+        own = {"precision": self.precision, "candidates": self.candidates}
+        if model.prior is None:
+            return own
+        return own | model.prior.spec.model_dump(include={"passes", "schedule", "temperature", "guidance"})
 
 
 def generate(
@@ -63,9 +71,29 @@ def generate(
         )
     with progress_bar() as bar:
         task = bar.add_task("sampling", total=num, info="")
-        for images in in_precision(model.samples(num, seed=seed, label=label), model.device, sampling.precision):
+        made = _recognised(model, num, seed, label, sampling.candidates)
+        for images in in_precision(made, model.device, sampling.precision):
             bar.advance(task, len(images))
             yield to_uint8(images.float().cpu())
+
+
+def _recognised(model: SpikingVAE, num: int, seed: int, label: int | None, candidates: int) -> Iterator[Tensor]:
+    """The model's samples; those that its head takes for something else drawn again, each up to `candidates` draws."""
+    whole = math.ceil(num / SAMPLE_CHUNK) * SAMPLE_CHUNK  # the head too sees full chunks alone
+    for k, images in enumerate(model.samples(whole, seed=seed, label=label)):
+        first = k * SAMPLE_CHUNK
+        if candidates > 1:
+            wanted = model.sample_labels(len(images), seed=seed, first=first)
+            assert wanted is not None
+            wanted = (wanted if label is None else torch.full_like(wanted, label)).to(images.device)
+            for draw in range(1, candidates):
+                seen = to_model(to_uint8(images.float()))  # what is saved
+                wrong = (model.classify(seen).argmax(1) != wanted).nonzero()[:, 0]
+                if not len(wrong):
+                    break
+                again = [first + i for i in wrong.tolist()]
+                images[wrong] = model.redraw(again, wanted[wrong], seed=seed + draw * NEXT_DRAW).to(images.dtype)
+        yield images[: num - first]
 
 
 def in_precision(made: Iterator[Made], device: torch.device, precision: str) -> Iterator[Made]:

@@ -1,11 +1,12 @@
 """The spiking variational autoencoder: encoding -> stages -> latent -> mirrored stages -> readout, with a head."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
 from jaxtyping import Float, Int64
 from pydantic import Field, PositiveInt
@@ -29,6 +30,10 @@ from spikegen.storage import read_json, replacing, write_json
 
 SAMPLE_CHUNK = 64
 """Samples are made in full chunks of this size, so that rounding, and so image k, never depends on how many."""
+
+
+REDRAW_GROUP = 16
+"""The same for the few samples of a chunk that are drawn again."""
 
 
 class ModelConfig(Spec):
@@ -197,6 +202,17 @@ class SpikingVAE(nn.Module, PyTorchModelHubMixin):
         for spikes, labels, kept in self._chunks((self.prior or self.latent).sample, num, seed, None, 0):
             yield spikes[:, kept], None if labels is None else labels[kept]
 
+    @torch.no_grad()
+    def redraw(self, which: Sequence[int], label: Int64[Tensor, " B"], *, seed: int = 0) -> Float[Tensor, "B C H W"]:
+        """The samples `which` of a seed, but of these labels; in full groups of REDRAW_GROUP, as `sample` in chunks."""
+        source, made = self.prior or self.latent, []
+        for start in range(0, len(which), REDRAW_GROUP):
+            group = slice(start, start + REDRAW_GROUP)
+            missing = REDRAW_GROUP - len(which[group])
+            noise = torch.cat([self._sample_noise(k, 1, seed) for k in [*which[group], *[0] * missing]], 1)
+            made.append(self.decode(source.sample(noise, F.pad(label[group], (0, missing))))[: len(which[group])])
+        return torch.cat(made)
+
     def sample_labels(self, num: int, *, seed: int = 0, first: int = 0) -> Int64[Tensor, " {num}"] | None:
         """The classes that `sample` draws when none is fixed; None where the model is not conditional."""
         if not self.config.conditional:
@@ -280,14 +296,16 @@ class SpikingVAE(nn.Module, PyTorchModelHubMixin):
 
     def _sample_draws(self, first: int, seed: int, label: int | None) -> tuple[Tensor, Tensor | None]:
         """The uniform numbers and the labels of the chunk of samples that starts at `first`."""
-        shape = self.prior.noise_shape() if self.prior else self.latent.noise_shape(self.config.num_steps)
-        noise = uniform_per_image(seed, first, SAMPLE_CHUNK, shape, self.device)
         labels = None
         if self.config.conditional:
             drawn = self.sample_labels(SAMPLE_CHUNK, seed=seed, first=first)
             assert drawn is not None
             labels = (drawn if label is None else torch.full_like(drawn, label)).to(self.device)
-        return noise.to(next(self.parameters()).dtype), labels
+        return self._sample_noise(first, SAMPLE_CHUNK, seed), labels
+
+    def _sample_noise(self, first: int, count: int, seed: int) -> Tensor:
+        shape = self.prior.noise_shape() if self.prior else self.latent.noise_shape(self.config.num_steps)
+        return uniform_per_image(seed, first, count, shape, self.device).to(next(self.parameters()).dtype)
 
     def _check_label(self, label: int | None) -> None:
         if label is None:

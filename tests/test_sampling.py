@@ -7,9 +7,10 @@ import pytest
 import torch
 from spikegen.cli import entry
 
+from spikegen.data import to_model, to_uint8
 from spikegen.plots import write_images
 from spikegen.prior import MaskedSpec
-from spikegen.sampling import Sampling, generate
+from spikegen.sampling import NEXT_DRAW, Sampling, generate
 from spikegen.scoring import score
 from spikegen.spec import UserError
 from spikegen.stages import ThresholdNorm
@@ -28,7 +29,7 @@ def model(prior=True, **network):
     if prior:
         vae.add_prior(MaskedSpec(**{"channels": 8, "heads": 2, "blocks": 1, "passes": 3} | network))
         torch.nn.init.normal_(vae.prior.readout.weight)
-        torch.nn.init.normal_(vae.prior.label.weight)
+        torch.nn.init.normal_(vae.prior.label.channel.weight)
     for module in vae.modules():
         if isinstance(module, ThresholdNorm):  # as lively as after training
             module.running_var.fill_(0.05)
@@ -50,7 +51,9 @@ def test_a_setting_equals_a_model_saved_with_it(setting):
     assert Sampling().settings(vae).items() >= setting.items()
 
 
-@pytest.mark.parametrize("bad", [["--temperature", "nan"], ["--guidance", "inf"], ["--passes", "0"]], ids=str)
+@pytest.mark.parametrize(
+    "bad", [["--temperature", "nan"], ["--guidance", "inf"], ["--passes", "0"], ["--candidates", "0"]], ids=str
+)
 @pytest.mark.parametrize("verb", ["sample", "score"])
 def test_numbers_that_cannot_be_are_one_line(bad, verb, tmp_path, monkeypatch, capfd):
     model().save(tmp_path / "model")
@@ -73,7 +76,14 @@ def test_a_score_draws_so_and_says_so(tmp_path, monkeypatch):
     seven = score(tmp_path / "seven", **asked)
     found = score(tmp_path / "usual", **asked, sampling=Sampling(passes=7))
     assert found.metrics == seven.metrics != usual.metrics
-    assert found.settings["sampling"] == {"precision": "fp32", "passes": 7, "temperature": 1.0, "guidance": 0.0}
+    assert found.settings["sampling"] == {
+        "precision": "fp32",
+        "candidates": 1,
+        "passes": 7,
+        "schedule": 4.0,
+        "temperature": 1.0,
+        "guidance": 0.0,
+    }
     write_images(generate(model(), 150), tmp_path / "images")
     with pytest.raises(UserError, match="folder of images, which nothing draws: omit --passes, --precision"):
         score(tmp_path / "images", **asked, sampling=Sampling(passes=7, precision="bf16"))
@@ -90,8 +100,40 @@ def test_bf16_is_of_the_samples_alone():
     assert (found.int() - exact.int()).abs().float().median() <= 2
 
 
+@pytest.mark.parametrize("prior", [True, False])
+@pytest.mark.filterwarnings("ignore:this model has no learnt prior")
+def test_candidates_redraw_what_the_head_does_not_recognise(prior):
+    vae = model(prior)
+    once, twice, often = (drawn(vae, candidates=n) for n in (1, 2, 30))
+    labels = vae.sample_labels(70, seed=3)
+    right = [vae.classify(to_model(images)).argmax(1) == labels for images in (once, twice, often)]
+    wrong = ~right[0]
+    assert 10 < wrong.sum() < 60
+    assert torch.equal(once[~wrong], twice[~wrong])
+    again = vae.redraw(wrong.nonzero()[:, 0].tolist(), labels[wrong], seed=3 + NEXT_DRAW)
+    assert torch.equal(to_uint8(again), twice[wrong])
+    assert right[0].sum() <= right[1].sum() <= right[2].sum()
+    assert not prior or right[0].sum() < right[2].sum()  # the latent's own images are all of one class here
+    # none depends on how many there are
+    few = torch.cat(list(generate(vae, 5, seed=3, sampling=Sampling(candidates=30))))
+    assert torch.equal(few, often[:5])
+
+
+@pytest.mark.parametrize("label", [0, 1])
+def test_candidates_of_a_given_label(label):
+    vae, right = model(), []
+    for candidates in (1, 5):
+        images = torch.cat(list(generate(vae, 40, label=label, sampling=Sampling(candidates=candidates))))
+        right.append((vae.classify(to_model(images)).argmax(1) == label).sum())
+    assert right[0] < right[1]
+
+
 def test_settings_that_a_model_cannot_have_are_refused():
     with pytest.raises(UserError, match=r"no learnt prior: omit --passes, --guidance"):
         drawn(model(prior=False), passes=3, guidance=1.0)
     with pytest.raises(UserError, match=r"guidance 1\.0 needs a prior trained with .* label_dropout above 0"):
         drawn(model(label_dropout=0), guidance=1.0)
+    headless = model()
+    headless.head = None
+    with pytest.raises(UserError, match="--candidates is for models with labels and a classifier head"):
+        drawn(headless, candidates=2)
