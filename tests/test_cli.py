@@ -247,6 +247,7 @@ def test_a_signal_saves_and_exits_with_130(tmp_path: Path, signum: signal.Signal
     assert state["images_seen"] >= max(row["images_seen"] for row in rows)
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_while_saving_leaves_the_last_checkpoint(tmp_path: Path) -> None:
     run = tmp_path / "run"
     flags = [*tiny_flags(), "--device", "cpu", "--out", str(run)]

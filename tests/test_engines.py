@@ -172,6 +172,7 @@ def test_empty_tensors(engine, shape):
     assert torch.autograd.grad(spikes.sum(), y)[0].shape == y.shape
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", FUSED)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_a_whole_model_in_another_dtype(engine, dtype):
@@ -251,6 +252,7 @@ def test_a_model_under_autocast(engine):
         torch.testing.assert_close(parameter.grad, other, rtol=0.1, atol=0.05 * scale, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["torch", *FUSED[:1]])
 def test_fifty_steps_of_training_are_those_of_reference(engine):
     curves = []

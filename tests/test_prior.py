@@ -228,7 +228,7 @@ def test_it_learns_bits_that_agree():
     """All bits of an image are the same coin: once one is seen the others are certain."""
     prior = MaskedSpec(channels=16, heads=2, blocks=2, attend_every=2, passes=BITS).build(STEPS, GRID, 0, "auto")
     optimizer = torch.optim.AdamW(prior.parameters(), lr=5e-3)
-    for _ in range(600):
+    for _ in range(300):
         coin = (torch.rand(1, 32, 1) < 0.5).float().expand(STEPS, 32, BITS // STEPS)
         optimizer.zero_grad()
         prior(coin).backward()

@@ -127,7 +127,7 @@ def test_the_logged_loss_is_the_weighted_sum_of_its_parts(tmp_path: Path, weight
         assert row["loss"] == pytest.approx(sum(weight * row[key] for key, weight in terms.items()), rel=1e-5)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_training_lowers_the_loss(tmp_path: Path, precision: str) -> None:
     config = tiny_config(training__epochs=6, training__precision=precision, training__lr=5e-3)
     train(config, tmp_path / "run", device="cpu")
@@ -430,6 +430,7 @@ training.train(tiny_config(**SPATIAL, **PRIOR), Path(sys.argv[1], "run"), device
 """
 
 
+@pytest.mark.slow
 def test_two_processes_learn_the_prior_of_one_encoder(tmp_path: Path) -> None:
     """Each has had its own batches, and so its own statistics in the norms: the saved ones count for both."""
     (tmp_path / "watched.py").write_text(WATCHED)
