@@ -252,7 +252,7 @@ def test_a_disk_that_fills_while_saving_leaves_the_last_checkpoint(tmp_path: Pat
     run = tmp_path / "run"
     flags = [*tiny_flags(), "--device", "cpu", "--out", str(run)]
     code = (
-        "import spikegen.training as t\nreal = t.loss_parts\ncalls = []\n"
+        "import spikegen.phases as t\nreal = t.loss_parts\ncalls = []\n"
         "def f(*a):\n calls.append(0)\n import os, signal\n"
         " if len(calls) == 3: os.kill(os.getpid(), signal.SIGTERM)\n return real(*a)\n"
         "t.loss_parts = f\nfrom spikegen.cli import entry\nentry()"
