@@ -1,6 +1,7 @@
 """The spiking variational autoencoder: encoding -> stages -> latent -> mirrored stages -> readout, with a head."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -210,7 +211,9 @@ class SpikingVAE(nn.Module, PyTorchModelHubMixin):
             group = slice(start, start + REDRAW_GROUP)
             missing = REDRAW_GROUP - len(which[group])
             noise = torch.cat([self._sample_noise(k, 1, seed) for k in [*which[group], *[0] * missing]], 1)
-            made.append(self.decode(source.sample(noise, F.pad(label[group], (0, missing))))[: len(which[group])])
+            with self._evaluating():
+                images = self.decode(source.sample(noise, F.pad(label[group], (0, missing))))
+            made.append(images[: len(which[group])])
         return torch.cat(made)
 
     def sample_labels(self, num: int, *, seed: int = 0, first: int = 0) -> Int64[Tensor, " {num}"] | None:
@@ -284,15 +287,20 @@ class SpikingVAE(nn.Module, PyTorchModelHubMixin):
         call: Call | None = None
         for chunk in chunks:
             start = chunk * SAMPLE_CHUNK
-            was_training = self.training
-            self.eval()
-            try:
+            with self._evaluating():
                 noise, labels = self._sample_draws(start, seed, label)
                 call = call or recorded(make, noise, labels, len(chunks))
                 made = call(noise, labels)
-            finally:
-                self.train(was_training)
             yield made, labels, slice(max(first - start, 0), first + num - start)
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        was_training = self.training
+        self.eval()
+        try:
+            yield
+        finally:
+            self.train(was_training)
 
     def _sample_draws(self, first: int, seed: int, label: int | None) -> tuple[Tensor, Tensor | None]:
         """The uniform numbers and the labels of the chunk of samples that starts at `first`."""

@@ -119,6 +119,18 @@ def test_candidates_redraw_what_the_head_does_not_recognise(prior):
     assert torch.equal(few, often[:5])
 
 
+def test_a_redrawn_sample_is_that_of_its_seed_in_any_company_and_any_mode():
+    vae = model()
+    labels = vae.sample_labels(40, seed=5)
+    expected = vae.sample(40, seed=5)
+    which = [3, 39, *range(8, 30)]  # a full group and a part of one
+    torch.testing.assert_close(vae.redraw(which, labels[which], seed=5), expected[which])
+    alone = vae.redraw([39], labels[[39]], seed=5)
+    assert torch.equal(vae.train().redraw([39], labels[[39]], seed=5), alone)
+    assert vae.training
+    torch.testing.assert_close(alone[0], expected[39])
+
+
 @pytest.mark.parametrize("label", [0, 1])
 def test_candidates_of_a_given_label(label):
     vae, right = model(), []
