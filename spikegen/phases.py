@@ -19,6 +19,9 @@ from spikegen.sampling import in_precision
 from spikegen.spec import UserError
 from spikegen.vae import SpikingVAE
 
+MIXTURE_BITS = 2**28
+"""Bits of the codes that a prior's mixture is fitted to, a byte each: 131,072 images of 2,048."""
+
 
 def autoencoder_phase(session: Session, model: SpikingVAE) -> Phase:
     """Everything but a learnt prior."""
@@ -51,11 +54,16 @@ def load_judge(config: Config, device: torch.device) -> SmallCNN | None:
     return load_cnn(name).eval().requires_grad_(False).to(device)
 
 
-def prior_phase(session: Session, vae: SpikingVAE, settings: PriorConfig, seen: int) -> Phase:
-    """The prior over the spikes of `vae`, which is frozen: the average that the first phase left."""
+def prior_phase(session: Session, vae: SpikingVAE, settings: PriorConfig, seen: int, fresh: bool) -> Phase:
+    """The prior over the spikes of `vae`, which is frozen: the average that the first phase left.
+
+    Only a `fresh` prior's mixture is fitted here: the others' come from a checkpoint.
+    """
     vae.requires_grad_(False)
     frozen = _agreed(vae, session)
     prior = vae.add_prior(settings.network)
+    if fresh:
+        prior.fit_mixture(*_codes(session, vae, settings, seen))
     average = average_of(prior, settings.ema)
     averaged = vae.prior = cast(MaskedPrior, average.module)
     conditional = vae.config.conditional
@@ -110,6 +118,23 @@ def _agreed(vae: SpikingVAE, session: Session) -> State:
         for statistics in vae.buffers():  # of norms: each process has its own; the first one's are what is saved
             broadcast(statistics)
     return {k: v.clone() for k, v in vae.state_dict().items()}
+
+
+@torch.no_grad()
+def _codes(session: Session, vae: SpikingVAE, settings: PriorConfig, seen: int) -> tuple[Tensor, Tensor | None]:
+    """Spikes [T, N, D] as bools of as many training images as MIXTURE_BITS allows, chosen at random; their labels."""
+    data, bits = session.train_set, vae.config.num_steps * vae.latent.size
+    chosen = torch.randperm(len(data))[: max(1, MIXTURE_BITS // bits)].sort().values.to(data.images.device)
+    codes = torch.empty(vae.config.num_steps, len(chosen), vae.latent.size, dtype=torch.bool, device=vae.device)
+    with progress_bar(session.accelerator.is_main_process) as bar:
+        task = bar.add_task("encoding images", total=len(chosen), info="")
+        for k in range(0, len(chosen), 250):
+            leave_if_stopped(session, seen)
+            images = to_model(data.images[chosen[k : k + 250]].to(vae.device))
+            with torch.autocast(vae.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+                codes[:, k : k + len(images)] = vae.eval().encode(images, first=k).spikes.bool()
+            bar.advance(task, len(images))
+    return codes, data.labels[chosen].to(vae.device) if data.labels is not None else None
 
 
 def _draw(session: Session, vae: SpikingVAE, settings: RefinementConfig, seen: int) -> tuple[Tensor, Tensor | None]:

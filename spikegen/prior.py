@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from spikegen.attention import Attention, TCJASpec
 from spikegen.kernels import Engine
+from spikegen.mixture import BernoulliMixture
 from spikegen.neurons import LIFSpec, NeuronSpec
 from spikegen.spec import Spec, UserError, parse
 from spikegen.stages import ThresholdNorm, fold_time, point_stage, same_stage
@@ -28,9 +29,11 @@ SHARE_FLOOR = 0.02
 class MaskedSpec(Spec):
     """`blocks` residual spiking blocks of two 3x3 convolutions, spiking self-attention after every `attend_every`-th.
 
-    Known bits enter as spikes of an "on" and an "off" channel each, unknown ones are silent. Sampling draws the bits
-    in `passes` passes: a random part of them each, given those drawn before. A part (i / passes) ** `schedule` is known
-    after pass i, and at least i bits: the first ones decide what the image is, so few are drawn at once.
+    Known bits enter as spikes of an "on" and an "off" channel each, unknown ones are silent. What kind of image it is
+    enters as rates: those of one of `components` kinds of each label, a mixture fitted to the codes (see
+    BernoulliMixture), whose log odds the network corrects. Sampling draws a kind by the mixture's weights, then the
+    bits in `passes` passes: a random part of them each, given those drawn before. A part (i / passes) ** `schedule` is
+    known after pass i, and at least i bits: the first ones decide most, so few are drawn at once.
     """
 
     kind: Literal["masked"] = "masked"
@@ -43,14 +46,16 @@ class MaskedSpec(Spec):
     neuron: LIFSpec = LIFSpec()
     attention: Attention | None = TCJASpec()
     """In every block, on the spikes between its convolutions."""
+    components: int = Field(64, ge=1, le=2**12)
+    """Kinds of images of each label; of all images where there are no labels."""
     passes: int = Field(16, ge=1, le=2**16)
     schedule: float = Field(4.0, ge=1, le=64)
     temperature: float = Field(1.0, gt=0)
     """What the logits are divided by in sampling."""
     label_dropout: float = Field(0.1, ge=0, lt=1)
-    """The part of the images whose label training hides, so that the network knows what is likely without one."""
+    """The part of the images whose label and kind training hides, so that the network knows what is likely without."""
     guidance: float = Field(0.0, ge=0)
-    """In sampling, how many times further the label moves the logits (classifier-free guidance, arXiv 2207.12598)."""
+    """In sampling, how many times further label and kind move the logits (classifier-free guidance, 2207.12598)."""
 
     def build(self, num_steps: int, grid: Grid, num_labels: int, engine: Engine) -> "MaskedPrior":
         """The prior of spikes [`num_steps`, B, channels * height * width] on `grid` = (channels, height, width)."""
@@ -60,9 +65,9 @@ class MaskedSpec(Spec):
         return MaskedPrior(self, num_steps, grid, num_labels, engine)
 
     def check_guidance(self, num_labels: int, key: str) -> None:
-        """UserError, which names `key`, where the network cannot tell what the label does."""
-        if self.guidance and not (num_labels and self.label_dropout):
-            needs = "a prior trained with model.conditional and a label_dropout above 0"
+        """UserError, which names `key`, where the network cannot tell what label and kind do."""
+        if self.guidance and not ((num_labels or self.components > 1) and self.label_dropout):
+            needs = "a prior trained with labels or components, and with a label_dropout above 0"
             raise UserError(f"{key} {self.guidance} needs {needs}; set it to 0")
 
 
@@ -103,27 +108,6 @@ class SpikingSelfAttention(nn.Module):
         return u + fold_time(self.out, self.attended(counts.flatten(2, 3).unflatten(3, (height, width))))
 
 
-class _LabelTables(nn.Module):
-    """What each label adds: a current to each channel, and to it at each place; log odds to each bit at each place.
-
-    While few bits are known the label says the most; one current for all places left the network to unfold it.
-    """
-
-    def __init__(self, rows: int, channels: int, bits: int, height: int, width: int):
-        super().__init__()
-        self.last, self.grid = rows - 1, (height, width)  # the last row: no label
-        self.channel = nn.Embedding(rows, channels)
-        self.place = nn.Embedding(rows, channels * height * width)
-        self.odds = nn.Embedding(rows, bits * height * width)
-        nn.init.zeros_(self.place.weight)
-        nn.init.zeros_(self.odds.weight)
-
-    def forward(self, label: Int64[Tensor, " B"]) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, "B K H W"]]:
-        """The currents and the log odds."""
-        places = self.place(label).unflatten(1, (-1, *self.grid))
-        return places + self.channel(label)[..., None, None], self.odds(label).unflatten(1, (-1, *self.grid))
-
-
 class MaskedPrior(nn.Module):
     """See MaskedSpec."""
 
@@ -134,7 +118,9 @@ class MaskedPrior(nn.Module):
         bits = num_steps * channels
         self.stem = nn.Conv2d(2 * bits, spec.channels, 3, padding=1)
         self.place = nn.Parameter(torch.zeros(spec.channels, height, width))
-        self.label = _LabelTables(num_labels + 1, spec.channels, bits, height, width) if num_labels else None
+        self.num_labels = num_labels
+        self.mixture = BernoulliMixture(max(num_labels, 1), spec.components, bits * height * width)
+        self.outline = nn.Conv2d(bits, spec.channels, 3, padding=1, bias=False)
         blocks: list[nn.Module] = []
         for i in range(1, spec.blocks + 1):
             blocks.append(Residual(spec, engine))
@@ -145,85 +131,88 @@ class MaskedPrior(nn.Module):
         self.readout = nn.Conv2d(spec.channels, bits, 1)
         self.to(memory_format=torch.channels_last)
 
+    def fit_mixture(self, spikes: Bool[Tensor, "T N D"], label: Int64[Tensor, " N"] | None) -> None:
+        """The kinds of images that there are, from codes drawn for training images; before any training."""
+        self.mixture.fit(self._to_grid(spikes).flatten(1), self._own(label))
+
     def forward(self, spikes: Float[Tensor, "T B D"], label: Int64[Tensor, " B"] | None = None) -> Float[Tensor, ""]:
         """The loss: cross-entropy in nats of bits masked at random, the mean over them.
 
         Of each image a part cos(pi u / 2) is masked, u uniform: the parts that sampling meets.
         """
         bits = self._to_grid(spikes)
-        if self.training and label is not None and self.label is not None:
-            hidden = torch.rand(len(label), device=label.device) < self.spec.label_dropout
-            label = torch.where(hidden, self._no_label(label), label)
+        row = self.mixture.assign(bits.flatten(1), self._own(label))
+        if self.training:
+            hidden = torch.rand(len(row), device=row.device) < self.spec.label_dropout
+            row = torch.where(hidden, self.mixture.unlabelled, row)
         part = torch.cos(torch.rand(len(bits), 1, 1, 1, device=bits.device) * (math.pi / 2))
         masked = torch.rand_like(bits, dtype=torch.float32) < part
-        return self.cross_entropy(bits, masked, label)
+        return self.cross_entropy(bits, masked, row)
 
     def cross_entropy(
-        self, bits: Float[Tensor, "B K H W"], masked: Bool[Tensor, "B K H W"], label: Int64[Tensor, " B"] | None
+        self, bits: Float[Tensor, "B K H W"], masked: Bool[Tensor, "B K H W"], row: Int64[Tensor, " B"]
     ) -> Float[Tensor, ""]:
-        """The mean over the masked bits, in nats, given the others."""
-        logits = self.logits(bits, ~masked, label)
+        """The mean over the masked bits, in nats, given the others and the mixture's row."""
+        logits = self.logits(bits, ~masked, row)
         each = F.binary_cross_entropy_with_logits(logits.float(), bits.float(), reduction="none")
         return (each * masked).sum() / masked.sum().clamp(min=1)
 
     def logits(
-        self, bits: Float[Tensor, "B K H W"], known: Bool[Tensor, "B K H W"], label: Int64[Tensor, " B"] | None
+        self, bits: Float[Tensor, "B K H W"], known: Bool[Tensor, "B K H W"], row: Int64[Tensor, " B"]
     ) -> Float[Tensor, "B K H W"]:
-        """Log odds of every bit, seeing the known ones; UserError without a label where the prior has labels."""
+        """Log odds of every bit, seeing the known ones and which row of the mixture they are of."""
+        outline = self.mixture.log_odds[row].unflatten(1, (-1, *self.grid[1:]))
         # However few bits are known, their currents have one scale; the floor keeps a few bits from counting too much.
         scale = (known.float().mean((1, 2, 3), keepdim=True) + SHARE_FLOOR).rsqrt()
         u = self.stem(torch.cat([bits * known, (1 - bits) * known], 1))
-        u, odds = u * scale.to(u.dtype) + self.place, 0
-        if self.label is not None:
-            if label is None:
-                raise UserError("this model was trained with labels: its prior needs one for every image")
-            currents, odds = self.label(label)
-            u = u + currents
+        u = u * scale.to(u.dtype) + self.outline((outline / 2).tanh().to(bits.dtype)) + self.place  # 2 rate - 1
         u = u.expand(self.spec.num_steps, *u.shape)
         for block in self.blocks:
             u = block(u)
-        logits: Tensor = self.readout(self.fires(u).mean(0)) + odds
+        logits: Tensor = self.readout(self.fires(u).mean(0)) + outline
         return logits
 
     def set_sampling(self, **settings: float | int) -> None:
         """Draw with other `passes`, `temperature`, `guidance`; UserError for guidance that it was not trained for."""
         spec = parse(MaskedSpec, self.spec.model_dump() | settings, "sampling")
-        spec.check_guidance(self.label.last if self.label else 0, "guidance")
+        spec.check_guidance(self.num_labels, "guidance")
         self.spec = spec
 
     def noise_shape(self) -> tuple[int, int]:
-        """Of each image: numbers that order the bits, and numbers that draw them."""
-        return 2, self.num_steps * math.prod(self.grid)
+        """Of each image: numbers that order the bits, and numbers that draw them; the second's last draws its kind."""
+        return 2, self.num_steps * math.prod(self.grid) + 1
 
     @torch.no_grad()
     def sample(
         self, uniform: Float[Tensor, "2 B N"], label: Int64[Tensor, " B"] | None = None
     ) -> Float[Tensor, "T B D"]:
         """Spikes drawn in `passes` passes; image b depends on its own numbers and label alone."""
-        order, draws = uniform
+        row = self.mixture.draw(uniform[1, :, -1], self._own(label))
+        order, draws = uniform[..., :-1]
         rank = order.argsort(-1).argsort(-1)
         count = rank.shape[-1]
         shape = (-1, self.num_steps * self.grid[0], *self.grid[1:])
         rank, draws = rank.view(shape), draws.view(shape)
         bits, done = torch.zeros_like(draws), 0
         for now in _known_after(self.spec.passes, count, self.spec.schedule):
-            odds = self._odds(bits, rank < done, label)
+            odds = self._odds(bits, rank < done, row)
             bits = torch.where((rank >= done) & (rank < now), (draws < odds.sigmoid()).to(bits.dtype), bits)
             done = now
         return bits.unflatten(1, (self.num_steps, -1)).transpose(0, 1).flatten(2)
 
-    def _odds(self, bits: Tensor, known: Tensor, label: Tensor | None) -> Tensor:
-        """The logits that sampling draws from: guided by the label, then sharpened."""
-        odds = self.logits(bits, known, label).float()
+    def _odds(self, bits: Tensor, known: Tensor, row: Tensor) -> Tensor:
+        """The logits that sampling draws from: guided by label and kind, then sharpened."""
+        odds = self.logits(bits, known, row).float()
         if self.spec.guidance:
-            assert label is not None
-            without = self.logits(bits, known, self._no_label(label)).float()
+            without = self.logits(bits, known, torch.full_like(row, self.mixture.unlabelled)).float()
             odds = odds + self.spec.guidance * (odds - without)
         return odds / self.spec.temperature
 
-    def _no_label(self, label: Tensor) -> Tensor:
-        assert self.label is not None
-        return torch.full_like(label, self.label.last)
+    def _own(self, label: Tensor | None) -> Tensor | None:
+        """None where the prior has no labels; UserError where it has and needs one."""
+        if self.num_labels and label is None:
+            raise UserError("this model was trained with labels: its prior needs one for every image")
+        return label if self.num_labels else None
 
     def _to_grid(self, spikes: Tensor) -> Tensor:
         """[T, B, c h w] to [B, T c, h, w]."""

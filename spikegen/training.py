@@ -83,7 +83,7 @@ def _run_phases(session: Session, model: SpikingVAE, state: State | None, number
         torch.manual_seed(config.training.seed + 1)
         if number == 1:
             _load_frozen(phase.product, state, session.run)
-        phase = prior_phase(session, phase.product, config.prior, phase.last)
+        phase = prior_phase(session, phase.product, config.prior, phase.last, fresh=number == 0)
         if number <= 1:
             run_phase(session, phase, state if number == 1 else None)
     if config.refinement is not None:

@@ -24,16 +24,22 @@ def _seed():
 
 def build(labels=0, **values):
     """A prior whose blocks are no longer the identity."""
-    values = {"channels": 8, "heads": 2, "blocks": 2, "attend_every": 1, "passes": 5, **values}
+    values = {"channels": 8, "heads": 2, "blocks": 2, "attend_every": 1, "passes": 5, "components": 2, **values}
     prior = MaskedSpec(**values).build(STEPS, GRID, labels, "auto")
     with torch.no_grad():
         for p in prior.parameters():
             p.add_(torch.randn_like(p) * 0.3)
+    prior.mixture.weights.copy_(torch.rand_like(prior.mixture.weights).softmax(1))
+    prior.mixture.log_odds.normal_()
     return prior.eval()
 
 
 def bits(batch=BATCH):
     return (torch.rand(batch, STEPS * GRID[0], *GRID[1:]) < 0.5).float()
+
+
+def rows(prior, batch=BATCH):
+    return torch.arange(batch) % prior.mixture.unlabelled
 
 
 def noise(prior, batch=BATCH):
@@ -46,32 +52,33 @@ def test_what_is_masked_is_not_seen_and_what_is_known_is():
     prior, one = build(), bits()
     known = torch.rand_like(one) < 0.5
     other = torch.where(known, one, 1 - one)
-    assert torch.equal(prior.logits(one, known, None), prior.logits(other, known, None))
+    assert torch.equal(prior.logits(one, known, rows(prior)), prior.logits(other, known, rows(prior)))
     changed = torch.where(known, 1 - one, one)
-    assert not torch.equal(prior.logits(one, known, None), prior.logits(changed, known, None))
+    assert not torch.equal(prior.logits(one, known, rows(prior)), prior.logits(changed, known, rows(prior)))
     # nor is an unknown bit taken for one that is known to be 0
-    assert not torch.equal(prior.logits(one * 0, known, None), prior.logits(one * 0, known | True, None))
+    unsure, sure = (prior.logits(one * 0, k, rows(prior)) for k in (known, known | True))
+    assert not torch.equal(unsure, sure)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("labels", [0, 3])
 def test_the_loss_is_the_mean_entropy_of_the_masked_bits(labels):
     prior, x = build(labels), bits()
-    label = LABELS if labels else None
+    row = rows(prior)
     masked = torch.rand_like(x) < 0.4
-    odds = prior.logits(x, ~masked, label).sigmoid()
+    odds = prior.logits(x, ~masked, row).sigmoid()
     expected = [
         -math.log(p if z else 1 - p)
         for p, z, m in zip(odds.flatten().tolist(), x.flatten().tolist(), masked.flatten().tolist(), strict=True)
         if m
     ]
-    found = prior.cross_entropy(x, masked, label).item()
+    found = prior.cross_entropy(x, masked, row).item()
     assert found == pytest.approx(sum(expected) / len(expected), rel=1e-4)
 
 
 def test_masks_follow_the_cosine():
     prior, parts = build(), []
-    prior.cross_entropy = lambda x, masked, label: parts.append(masked.float().flatten(1).mean(1)) or x.sum()
+    prior.cross_entropy = lambda x, masked, row: parts.append(masked.float().flatten(1).mean(1)) or x.sum()
     for _ in range(50):
         prior(torch.zeros(STEPS, 400, BITS // STEPS))
     parts = torch.cat(parts)
@@ -86,25 +93,27 @@ def test_every_bit_is_drawn_once_with_its_own_number_given_the_ones_before(passe
     prior = build(passes=passes, schedule=schedule)
     uniform, seen = noise(prior), []
     original = prior.logits
-    prior.logits = lambda z, known, label: seen.append((z.clone(), known.clone())) or original(z, known, label)
+    prior.logits = lambda z, known, row: seen.append((z.clone(), known.clone(), row)) or original(z, known, row)
     found = prior.sample(uniform)
     assert found.shape == (STEPS, BATCH, BITS // STEPS)
     assert bool(((found == 0) | (found == 1)).all())
     grid = found.unflatten(2, GRID).transpose(0, 1).flatten(1, 2)
     passes = min(passes, BITS)
     assert len(seen) == passes
-    draws = uniform[1].view(grid.shape)
-    order = uniform[0].view(grid.shape)
-    after = [known for _, known in seen[1:]] + [torch.ones_like(seen[0][1])]
-    for (z, known), then in zip(seen, after, strict=True):
+    draws = uniform[1, :, :-1].view(grid.shape)
+    order = uniform[0, :, :-1].view(grid.shape)
+    kind = prior.mixture.draw(uniform[1, :, -1], None)
+    assert all(torch.equal(row, kind) for _, _, row in seen)
+    after = [known for _, known, _ in seen[1:]] + [torch.ones_like(seen[0][1])]
+    for (z, known, _), then in zip(seen, after, strict=True):
         assert bool((then | ~known).all())  # what is known stays known
         now = then & ~known
         assert torch.equal(torch.where(known, grid, torch.zeros_like(grid)), z)
-        assert torch.equal(grid[now], (draws < original(z, known, None).sigmoid()).float()[now])
+        assert torch.equal(grid[now], (draws < original(z, known, kind).sigmoid()).float()[now])
         for b, image in itertools.product(range(BATCH), [then]):
             if 0 < image[b].sum() < BITS:
                 assert order[b][image[b]].max() <= order[b][~image[b]].min()
-    for i, (_, known) in enumerate(seen):
+    for i, (_, known, _) in enumerate(seen):
         expected = max(i, BITS * (i / passes) ** schedule)
         assert bool(((known.flatten(1).sum(1) - expected).abs() <= 0.5).all())
 
@@ -123,7 +132,7 @@ def test_images_do_not_see_each_other():
 def test_samples_have_the_probabilities_that_the_network_states():
     prior = build(passes=4)
     odds = torch.randn(STEPS * GRID[0], *GRID[1:])
-    prior.logits = lambda z, known, label: odds.expand_as(z)
+    prior.logits = lambda z, known, row: odds.expand_as(z)
     n = 5000
     found = prior.sample(noise(prior, n)).unflatten(2, GRID).transpose(0, 1).flatten(1, 2)
     p = odds.sigmoid()
@@ -132,25 +141,37 @@ def test_samples_have_the_probabilities_that_the_network_states():
 
 
 @torch.no_grad()
-def test_a_label_is_needed_and_matters_where_there_are_labels():
+def test_a_label_is_needed_and_kinds_matter_where_there_are_some():
     prior, x = build(3), bits()
     known = torch.rand_like(x) < 0.5
-    assert not torch.equal(prior.logits(x, known, LABELS), prior.logits(x, known, (LABELS + 1) % 3))
+    found = [prior.logits(x, known, torch.full((BATCH,), row)) for row in range(prior.mixture.unlabelled + 1)]
+    assert all(not torch.equal(a, b) for a, b in itertools.combinations(found, 2))
     with pytest.raises(UserError, match="label"):
-        prior.logits(x, known, None)
+        prior.sample(noise(prior))
+    with pytest.raises(UserError, match="label"):
+        prior(torch.zeros(STEPS, BATCH, BITS // STEPS))
 
 
-def test_a_label_alone_can_say_what_each_bit_is():
-    """Before any bit is known: odds of every label's own at every place are within a table's reach, not a network's."""
-    prior = MaskedSpec(channels=4, heads=1, blocks=1, attend_every=0).build(STEPS, GRID, 3, "auto")
-    patterns = bits(3)
-    optimizer = torch.optim.AdamW(prior.parameters(), lr=0.05)
-    for _ in range(150):
-        optimizer.zero_grad()
-        prior.cross_entropy(patterns, torch.ones_like(patterns) > 0, torch.arange(3)).backward()
-        optimizer.step()
-    found = prior.logits(patterns, torch.zeros_like(patterns) > 0, torch.arange(3)) > 0
-    assert torch.equal(found, patterns > 0)
+@torch.no_grad()
+@pytest.mark.parametrize("labels", [0, 3])
+def test_untrained_it_draws_from_the_mixture_alone(labels):
+    """Its blocks are silent at first: before training, the odds are the fitted mixture's."""
+    prior = MaskedSpec(channels=8, heads=2, components=2, passes=4).build(STEPS, GRID, labels, "auto").eval()
+    prior.readout.weight.zero_(), prior.readout.bias.zero_()
+    patterns = bits(max(labels, 1) * 2)  # of each label two kinds, exactly alike but for a bit in twenty
+    kind = torch.randint(len(patterns), (600,))
+    codes = torch.where(torch.rand(600, *patterns.shape[1:]) < 0.05, 1 - patterns[kind], patterns[kind])
+    spikes = codes.unflatten(1, (STEPS, -1)).transpose(0, 1).flatten(2).bool()
+    prior.fit_mixture(spikes, kind // 2 if labels else None)
+    label = torch.arange(400) % 3 if labels else None
+    found = prior.sample(noise(prior, 400), label).unflatten(2, GRID).transpose(0, 1).flatten(1, 2)
+    apart = (found[:, None] != patterns).flatten(2).float().mean(2)  # [400, kinds]
+    near = apart.argmin(1)
+    assert apart.min(1).values.mean() == pytest.approx(0.05, abs=0.02)
+    if labels:
+        assert torch.equal(near // 2, label)
+    counts = torch.bincount(near, minlength=len(patterns)) / 400
+    assert counts.sub(torch.bincount(kind, minlength=len(patterns)) / 600).abs().max() < 0.1
 
 
 @torch.no_grad()
@@ -160,17 +181,18 @@ def test_the_known_bits_currents_have_the_scale_of_their_share(known):
     mask = (torch.arange(BITS) < known).view(1, *x.shape[1:]).expand_as(x)
     seen = {}
     prior.blocks[0].register_forward_hook(lambda m, a, out: seen.update(u=a[0]))
-    prior.logits(x, mask, None)
+    prior.logits(x, mask, rows(prior))
     currents = prior.stem(torch.cat([x * mask, (1 - x) * mask], 1)) / (known / BITS + 0.02) ** 0.5
-    torch.testing.assert_close(seen["u"][0], currents + prior.place)
+    rates = prior.mixture.log_odds[rows(prior)].sigmoid().view_as(x)
+    torch.testing.assert_close(seen["u"][0], currents + prior.outline(2 * rates - 1) + prior.place)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("guidance", [0.5, 3.0])
 def test_guidance_moves_the_logits_away_from_those_without_a_label(guidance):
-    prior = build(3, passes=2, guidance=guidance, temperature=0.7)
+    prior = build(3, passes=2, guidance=guidance, temperature=0.7, components=1)
     by_label = torch.randn(4, STEPS * GRID[0], *GRID[1:])  # the last one: no label
-    prior.logits = lambda z, known, label: by_label[label]
+    prior.logits = lambda z, known, row: by_label[row]
     n = 4000
     found = prior.sample(noise(prior, n), torch.zeros(n, dtype=torch.int64)).unflatten(2, GRID)
     odds = (by_label[0] + guidance * (by_label[0] - by_label[3])) / 0.7
@@ -181,9 +203,9 @@ def test_guidance_moves_the_logits_away_from_those_without_a_label(guidance):
 
 @pytest.mark.parametrize(("training", "dropout"), [(True, 0.3), (True, 0.0), (False, 0.3)])
 def test_labels_are_hidden_in_training_alone(training, dropout):
-    prior = build(3, label_dropout=dropout).train(training)
+    prior = build(3, label_dropout=dropout, components=1).train(training)
     asked = []
-    prior.cross_entropy = lambda z, masked, label: asked.append(label) or z.sum()
+    prior.cross_entropy = lambda z, masked, row: asked.append(row) or z.sum()
     labels = torch.arange(2000) % 3
     prior(torch.zeros(STEPS, 2000, BITS // STEPS), labels)
     hidden = asked[0] == 3
@@ -192,9 +214,9 @@ def test_labels_are_hidden_in_training_alone(training, dropout):
     assert torch.equal(asked[0][~hidden], labels[~hidden])
 
 
-@pytest.mark.parametrize(("labels", "values"), [(0, {}), (3, {"label_dropout": 0.0})])
-def test_guidance_without_labels_to_hide_is_refused(labels, values):
-    with pytest.raises(UserError, match=r"prior\.network\.guidance 2\.0 needs a prior trained with model\.conditional"):
+@pytest.mark.parametrize(("labels", "values"), [(0, {"components": 1}), (3, {"label_dropout": 0.0})])
+def test_guidance_without_kinds_to_hide_is_refused(labels, values):
+    with pytest.raises(UserError, match=r"prior\.network\.guidance 2\.0 needs a prior trained with labels or comp"):
         build(labels, guidance=2.0, **values)
 
 
@@ -287,5 +309,5 @@ def test_a_prior_needs_bits_on_a_grid():
 def test_masked_logits_of_an_untrained_prior_are_even():
     prior = MaskedSpec(channels=8, heads=2, blocks=2).build(STEPS, GRID, 0, "auto").eval()
     x = bits()
-    logits = prior.logits(x, torch.zeros_like(x, dtype=torch.bool), None)
+    logits = prior.logits(x, torch.zeros_like(x, dtype=torch.bool), rows(prior))
     assert abs(F.binary_cross_entropy_with_logits(logits, x) - math.log(2)) < 0.1

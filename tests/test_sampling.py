@@ -29,11 +29,16 @@ def model(prior=True, **network):
     if prior:
         vae.add_prior(MaskedSpec(**{"channels": 8, "heads": 2, "blocks": 1, "passes": 3} | network))
         torch.nn.init.normal_(vae.prior.readout.weight)
-        torch.nn.init.normal_(vae.prior.label.channel.weight)
+        vae.prior.mixture.log_odds.normal_(std=3)
     for module in vae.modules():
         if isinstance(module, ThresholdNorm):  # as lively as after training
             module.running_var.fill_(0.05)
-    return vae.eval()
+    vae.eval()
+    if prior:  # of each class about half
+        margin = vae.classify(vae.sample(64, seed=9)).diff(dim=1).median()
+        with torch.no_grad():
+            vae.head.linear.bias[0] += margin
+    return vae
 
 
 def drawn(vae, **sampling):
