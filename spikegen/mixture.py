@@ -4,6 +4,8 @@ p(z | y) = sum_m w[y, m] prod_d r[y, m, d]^z_d (1 - r[y, m, d])^(1 - z_d), fitte
 Govaert, Computational Statistics & Data Analysis 14, 1992): every code belongs to one component, its likeliest.
 """
 
+from typing import Any
+
 import torch
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor, nn
@@ -33,6 +35,7 @@ class BernoulliMixture(nn.Module):
 
     weights: Tensor
     log_odds: Tensor
+    log_silence: Tensor
 
     def __init__(self, labels: int, components: int, bits: int):
         super().__init__()
@@ -40,6 +43,8 @@ class BernoulliMixture(nn.Module):
         self.unlabelled = labels * components
         self.register_buffer("weights", torch.full((labels, components), 1 / components))
         self.register_buffer("log_odds", torch.zeros(self.unlabelled + 1, bits))
+        self.register_buffer("log_silence", _log_silence(self.log_odds), persistent=False)
+        self.register_load_state_dict_post_hook(_count_silence)
 
     @torch.no_grad()
     def fit(self, codes: Shaped[Tensor, "N D"], label: Int64[Tensor, " N"] | None = None) -> None:
@@ -51,11 +56,12 @@ class BernoulliMixture(nn.Module):
                 weights, log_odds = self._fit_label(own)
                 self.weights[y] = weights
                 self.log_odds[y * self.components : (y + 1) * self.components] = log_odds
+        _count_silence(self)
 
     @torch.no_grad()
     def assign(self, codes: Shaped[Tensor, "B D"], label: Int64[Tensor, " B"] | None) -> Int64[Tensor, " B"]:
         """The row of the label's component that each code belongs to."""
-        score = _log_likelihood(codes, self.log_odds[: self.unlabelled])
+        score = _log_likelihood(codes, self.log_odds[: self.unlabelled], self.log_silence[: self.unlabelled])
         score = score.unflatten(1, (self.labels, self.components))
         label = torch.zeros(len(codes), dtype=torch.long, device=codes.device) if label is None else label
         own = score[torch.arange(len(codes), device=codes.device), label] + self.weights[label].log()
@@ -81,9 +87,10 @@ class BernoulliMixture(nn.Module):
         for _ in range(ITERATIONS):
             count = torch.zeros_like(weights)
             ones = torch.zeros_like(log_odds)
+            log_silence = _log_silence(log_odds)
             for part in codes.split(BLOCK):
                 bits = part.float()
-                owner = (_log_likelihood(bits, log_odds) + weights.log()).argmax(1)
+                owner = (_log_likelihood(bits, log_odds, log_silence) + weights.log()).argmax(1)
                 count.index_add_(0, owner, torch.ones_like(owner, dtype=count.dtype))
                 ones.index_add_(0, owner, bits)
             rates = (ones + PSEUDO_COUNT * mean) / (count[:, None] + PSEUDO_COUNT)
@@ -92,11 +99,23 @@ class BernoulliMixture(nn.Module):
 
 
 def _rates(codes: Tensor) -> Tensor:
-    return (codes.sum(0, dtype=torch.float32) / len(codes)).clamp(LEAST_RATE, 1 - LEAST_RATE)
+    ones = torch.stack([part.sum(0, dtype=torch.float32) for part in codes.split(BLOCK)]).sum(0)
+    return (ones / len(codes)).clamp(LEAST_RATE, 1 - LEAST_RATE)
 
 
-def _log_likelihood(codes: Shaped[Tensor, "B D"], log_odds: Float[Tensor, "R D"]) -> Float[Tensor, "B R"]:
+def _count_silence(mixture: BernoulliMixture, _: Any = None) -> None:
+    """After the log odds have changed."""
+    mixture.log_silence.copy_(_log_silence(mixture.log_odds))
+
+
+def _log_silence(log_odds: Float[Tensor, "R D"]) -> Float[Tensor, " R"]:
+    """sum_d log(1 - r_d): the log probability of a code without a spike, in nats."""
+    return nn.functional.logsigmoid(-log_odds.float()).sum(1)
+
+
+def _log_likelihood(
+    codes: Shaped[Tensor, "B D"], log_odds: Float[Tensor, "R D"], log_silence: Float[Tensor, " R"]
+) -> Float[Tensor, "B R"]:
     """log prod_d r^z (1 - r)^(1 - z) = z . logit(r) + sum_d log(1 - r), in nats."""
-    codes, log_odds = codes.float(), log_odds.float()
     with torch.autocast(codes.device.type, enabled=False):
-        return codes @ log_odds.T + nn.functional.logsigmoid(-log_odds).sum(1)
+        return codes.float() @ log_odds.float().T + log_silence.float()

@@ -122,15 +122,20 @@ def _agreed(vae: SpikingVAE, session: Session) -> State:
 
 @torch.no_grad()
 def _codes(session: Session, vae: SpikingVAE, settings: PriorConfig, seen: int) -> tuple[Tensor, Tensor | None]:
-    """Spikes [T, N, D] as bools of as many training images as MIXTURE_BITS allows, chosen at random; their labels."""
+    """Spikes [T, N, D] as bools of as many training images as MIXTURE_BITS allows, chosen at random; their labels.
+
+    Where training flips images, so are half of these.
+    """
     data, bits = session.train_set, vae.config.num_steps * vae.latent.size
     chosen = torch.randperm(len(data))[: max(1, MIXTURE_BITS // bits)].sort().values.to(data.images.device)
+    flipped = torch.rand(len(chosen), 1, 1, 1) < (0.5 if session.config.data.flip else 0.0)
     codes = torch.empty(vae.config.num_steps, len(chosen), vae.latent.size, dtype=torch.bool, device=vae.device)
     with progress_bar(session.accelerator.is_main_process) as bar:
         task = bar.add_task("encoding images", total=len(chosen), info="")
         for k in range(0, len(chosen), 250):
             leave_if_stopped(session, seen)
             images = to_model(data.images[chosen[k : k + 250]].to(vae.device))
+            images = torch.where(flipped[k : k + 250].to(vae.device), images.flip(-1), images)
             with torch.autocast(vae.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
                 codes[:, k : k + len(images)] = vae.eval().encode(images, first=k).spikes.bool()
             bar.advance(task, len(images))

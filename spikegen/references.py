@@ -70,6 +70,11 @@ def load_reference(reference: str, shape: Shape, data: DataSpec | None = None) -
     if data is None or data.name != name:
         root = data.root if data and data.name != "folder" else None
         data = DataSpec(name=name, root=root, image_size=shape[1])
+    if (channels := data.image_channels()) != shape[0]:
+        raise UserError(
+            f"reference {name}: its images have {channels} channel{'s' * (channels > 1)}, but the source's are "
+            f"{_shown(shape)}; choose another data set or a folder of such images"
+        )
     data = data.model_copy(update={"image_size": shape[1], "train_limit": None})
     chosen: Split = "train" if split == "train" else "test"
     held = data.load(chosen)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from spikegen.graphs import recorded
+from spikegen.prior import MaskedSpec
 from spikegen.vae import SAMPLE_CHUNK
 from tests.test_vae import build
 
@@ -29,8 +30,12 @@ def test_the_mode_is_as_before_between_chunks():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("conditional", [False, True])
-def test_a_graph_replays_the_samples(conditional):
-    model = build(conditional=conditional).cuda().eval()
+@pytest.mark.parametrize("prior", [False, True])
+def test_a_graph_replays_the_samples(conditional, prior):
+    model = build(conditional=conditional, **({"latent": {"kind": "spatial", "channels": 2}} if prior else {}))
+    if prior:
+        model.add_prior(MaskedSpec(channels=8, heads=2, blocks=1, passes=3, components=4))
+    model = model.cuda().eval()
     graphed = model.sample(10 * SAMPLE_CHUNK, seed=1)
     plain = [model.sample(SAMPLE_CHUNK, seed=1, first=k * SAMPLE_CHUNK) for k in range(10)]
     assert torch.equal(graphed, torch.cat(plain))

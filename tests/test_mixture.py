@@ -18,7 +18,9 @@ def random_mixture():
     mixture = BernoulliMixture(LABELS, COMPONENTS, BITS)
     mixture.weights.copy_(torch.rand(LABELS, COMPONENTS).softmax(1))
     mixture.log_odds.normal_()
-    return mixture
+    other = BernoulliMixture(LABELS, COMPONENTS, BITS)
+    other.load_state_dict(mixture.state_dict())  # as a saved model has it
+    return other
 
 
 def drawn(mixture, n):
@@ -55,6 +57,7 @@ def test_a_fit_finds_the_kinds_that_there_are():
     """Likelihood of other codes of the same mixture: no less than the true one's, but for what few codes leave open."""
     truth = random_mixture()
     truth.log_odds.mul_(3)
+    truth.load_state_dict(truth.state_dict())
     codes, label, _ = drawn(truth, 6000)
     others, other_label, rows = drawn(truth, 2000)
     found = BernoulliMixture(LABELS, COMPONENTS, BITS)
@@ -109,6 +112,7 @@ def test_a_fit_depends_on_the_seed_alone():
         mixture.fit(codes, label)
         fits.append(mixture.log_odds)
     assert torch.equal(*fits)
+    torch.testing.assert_close(BernoulliMixture(LABELS, 4, BITS).log_silence, torch.full((13,), 0.5).log() * BITS)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

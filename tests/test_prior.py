@@ -31,6 +31,7 @@ def build(labels=0, **values):
             p.add_(torch.randn_like(p) * 0.3)
     prior.mixture.weights.copy_(torch.rand_like(prior.mixture.weights).softmax(1))
     prior.mixture.log_odds.normal_()
+    prior.load_state_dict(prior.state_dict())
     return prior.eval()
 
 

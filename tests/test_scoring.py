@@ -227,6 +227,8 @@ def test_the_runs_own_data_is_the_reference_of_its_name():
         ("folder", (1, 16, 16), "neither a folder"),
         ("digits:valid", (1, 16, 16), "digits:train or digits:test"),
         ("digits", (1, 16, 20), "square"),
+        ("digits", (3, 16, 16), "digits: its images have 1 channel, but the source's are 16x16 with 3 channels"),
+        ("cifar10", (1, 32, 32), "cifar10: its images have 3 channels, but"),
     ],
 )
 def test_a_wrong_reference_is_named(reference, shape, says):
@@ -248,8 +250,18 @@ def test_a_folder_is_scored_against_a_data_set(tmp_path):
     assert set(found.metrics) == {"fid", "is"}
     assert found.settings["extractor"]["name"] == "cnn"
     assert found.settings["num_generated"] == 200
+    again = score(str(tmp_path / "images"), "digits")
+    assert json.dumps(again.to_json()) == json.dumps(found.to_json())
     with pytest.raises(UserError, match="give --reference"):
         score(str(tmp_path / "images"))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_features_that_are_no_numbers_are_named(bad):
+    broken = Pixels()
+    broken.scale.fill_(bad)
+    with pytest.raises(UserError, match="extractor pixels: its features are not finite"):
+        score_sets(noise(20).split(30), Reference("real", None, noise(20)), broken, ("fid",))
 
 
 def test_the_uint8_step_is_the_stated_one():

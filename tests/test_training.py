@@ -11,11 +11,14 @@ import torch
 from safetensors.torch import load_file
 
 import spikegen.loop as loop
+import spikegen.mixture as mixture
 import spikegen.phases as phases
 import spikegen.training as training
 from spikegen import UserError, train
+from spikegen.data import to_model
 from spikegen.prior import MaskedPrior
 from spikegen.runs import Run
+from spikegen.vae import SpikingVAE
 from tests.tiny import tiny_config
 
 
@@ -344,6 +347,54 @@ def test_the_prior_is_learnt_after_the_rest_which_it_leaves_as_it_is(both: Path,
     assert all(0 < e < 1 for e in entropies)
     assert "test_prior_entropy" in rows[-1]
     assert (both / "samples" / f"{seen[-1]:012d}.png").exists()
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("labels", [False, True])
+@pytest.mark.parametrize("count", [200, 150])
+def test_the_priors_mixture_is_fitted_to_the_encoders_codes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flip: bool, labels: bool, count: int
+) -> None:
+    bits = 2 * 2 * 2 * 2  # T, channels, and places of SPATIAL at 8x8
+    monkeypatch.setattr(mixture, "CODES_PER_COMPONENT", 5)
+    monkeypatch.setattr(phases, "MIXTURE_BITS", count * bits)
+    seen: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+    real = MaskedPrior.fit_mixture
+
+    def watched(self: MaskedPrior, spikes: torch.Tensor, label: torch.Tensor | None) -> None:
+        seen.append((spikes, label))
+        torch.manual_seed(5)
+        real(self, spikes, label)
+
+    shown: list[torch.Tensor] = []
+    encode = SpikingVAE.encode
+
+    def watched_encode(self: SpikingVAE, image: torch.Tensor, seed: int = 0, first: int = 0) -> Any:
+        if not seen:
+            shown.append(image)
+        return encode(self, image, seed, first)
+
+    monkeypatch.setattr(MaskedPrior, "fit_mixture", watched)
+    monkeypatch.setattr(SpikingVAE, "encode", watched_encode)
+    config = tiny_config(**SPATIAL, **PRIOR, model__conditional=labels, data__flip=flip)
+    run = train(config, tmp_path / "run", device="cpu")
+    ((spikes, label),) = seen
+    assert spikes.shape == (2, count, 8)
+    if count == 200:  # all of them, in their order
+        vae, data = SpikingVAE.from_pretrained(run / "model"), config.data.load("train")
+        images = shown[-1]  # those before were to look at the first phase
+        assert torch.equal(encode(vae, images).spikes.bool(), spikes)
+        same = [(images == to_model(way)).flatten(1).all(1) for way in (data.images, data.images.flip(-1))]
+        assert bool((same[0] | same[1]).all())
+        assert 60 < same[0].sum() < 140 if flip else same[0].all()
+        assert torch.equal(label, data.labels)
+    torch.manual_seed(5)
+    by_hand = mixture.BernoulliMixture(10 if labels else 1, 64, bits)
+    by_hand.fit(spikes.unflatten(2, (2, 2, 2)).transpose(0, 1).flatten(1), label if labels else None)
+    assert by_hand.weights.gt(0).sum() > 10
+    saved = weights_of(run)
+    for name in ("weights", "log_odds"):
+        assert torch.equal(saved[f"prior.mixture.{name}"], getattr(by_hand, name))
 
 
 @pytest.mark.parametrize("steps", [1, 4])
