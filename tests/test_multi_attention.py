@@ -130,7 +130,7 @@ class Published(nn.Module):
         self.block = block
 
     def forward(self, x):
-        block, batch, steps, channels = self.block, *x.shape[:3]
+        block, batch, _, channels = self.block, *x.shape[:3]
         if block.time is not None:
             mean, most = x.mean((2, 3, 4)), x.amax((2, 3, 4))
             x = (
@@ -228,7 +228,7 @@ def test_what_cannot_be_is_refused(values, wrong):
 
 
 def test_other_steps_channels_and_shapes_are_refused():
-    with pytest.raises(UserError, match="attention ca was built for T=3 steps and C=2 channels, but .* T=3 and C=4"):
+    with pytest.raises(UserError, match=r"attention ca was built for T=3 steps and C=2 channels, but .* T=3 and C=4"):
         build("ca", 3, 2)(torch.zeros(3, 1, 4, 2, 2).double())
     with pytest.raises(UserError, match="attention sa needs images"):
         build("sa", 3, 4)(torch.zeros(3, 1, 4).double())
