@@ -1,4 +1,4 @@
-"""MA attention is the paper's equations, by loops; on the membrane it is eq. 14; the switch gives the published code."""
+"""MA attention is the paper's equations; on the membrane it is eq. 14; a switch gives the published code."""
 
 import itertools
 
