@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from spikegen.kernels.gating import gated
+from spikegen.multi_attention import MASpec
 from spikegen.spec import Spec, UserError
 
 Fusion = Literal["product", "sum"]
@@ -56,7 +57,7 @@ class CLASpec(Spec):
         return TCJA(num_steps, channels, None, self.kernel_c, causal=self.causal)
 
 
-Attention = Annotated[TCJASpec | TLASpec | CLASpec, Field(discriminator="kind")]
+Attention = Annotated[TCJASpec | TLASpec | CLASpec | MASpec, Field(discriminator="kind")]
 
 
 class TCJA(nn.Module):

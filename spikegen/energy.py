@@ -12,11 +12,15 @@ from spikegen.attention import TCJA
 from spikegen.config import Config
 from spikegen.data import to_model
 from spikegen.kernels import Norm, choose
+from spikegen.multi_attention import MultiAttention, SpaceGate, SqueezeGate
 from spikegen.neurons import LIF
 from spikegen.prior import SpikingSelfAttention
 from spikegen.vae import SAMPLE_CHUNK, SpikingVAE
 
 MAC_PICOJOULES, AC_PICOJOULES = 4.6, 0.9  # 45 nm, float32 (Horowitz 2014), as the papers count
+
+COUNTED = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear, TCJA, MultiAttention, SpikingSelfAttention, LIF)
+"""Modules that are a row of their own."""
 
 
 @dataclass
@@ -81,8 +85,9 @@ class Profile:
 def measure(model: SpikingVAE, call: Callable[[], Any], images: int) -> Profile:
     """Count what `call` makes the layers of `model` do; `images` is how many images it handles."""
     profile, hooks = Profile(images), []
+    gates = {id(part) for m in model.modules() if isinstance(m, SqueezeGate | SpaceGate) for part in m.modules()}
     for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear | TCJA | SpikingSelfAttention | LIF):
+        if id(module) not in gates and isinstance(module, COUNTED):
             cost = LayerCost(name, type(module).__name__)
             if isinstance(module, LIF):
                 _wrap_neuron(module, cost, profile)
@@ -96,7 +101,7 @@ def measure(model: SpikingVAE, call: Callable[[], Any], images: int) -> Profile:
         for hook in hooks:
             hook.remove()
         for module in model.modules():
-            for name in ("fire", "step"):
+            for name in ("fire", "fire_changed", "step"):
                 module.__dict__.pop(name, None)
     return profile
 
@@ -109,6 +114,9 @@ def _counter(cost: LayerCost, profile: Profile) -> Callable[[nn.Module, tuple[Te
         cost.inputs, cost.active = cost.inputs + x.numel(), cost.active + active
         if isinstance(module, TCJA):
             cost.macs += _gate_macs(module, x) + active
+            return
+        if isinstance(module, MultiAttention):
+            cost.macs += _multi_gate_macs(module, x)
             return
         done = dense_macs(module, x, output) * active / max(x.numel(), 1)
         if bool(((x == 0) | (x == 1)).all()):
@@ -153,6 +161,23 @@ def _gate_macs(block: TCJA, x: Tensor) -> int:
     return images * (tla + cla)
 
 
+def _multi_gate_macs(block: MultiAttention, x: Tensor) -> int:
+    """Attention-SNN's count, for each image of [T, B, C, H, W]: making the gates, then a product a neuron for each.
+
+    2 T^2 / r_t of the time gate's two layers, 2 C^2 / r_c and 2 k^2 H W at each step; what mean and max share is
+    counted once, as the paper's own figures have it.
+    """
+    steps, images = x.shape[:2]
+    each = steps if block.spec.per_step else 1
+    made, kinds = 0, 0
+    for gate, times in ((block.time, 1), (block.channel, each)):
+        if gate is not None:
+            made, kinds = made + times * (gate.w0.weight.numel() + gate.w1.weight.numel()), kinds + 1
+    if block.space is not None:
+        made, kinds = made + each * block.space.conv.weight.numel() * math.prod(x.shape[3:]), kinds + 1
+    return images * made + kinds * x.numel()
+
+
 def _count_spikes(cost: LayerCost, spikes: Tensor, neurons: int) -> None:
     cost.neurons = neurons
     cost.spikes += spikes.sum().item()
@@ -161,7 +186,7 @@ def _count_spikes(cost: LayerCost, spikes: Tensor, neurons: int) -> None:
 
 def _wrap_neuron(module: LIF, cost: LayerCost, profile: Profile) -> None:
     """Count neurons, whose calls hooks do not see: over a whole sequence, or one step at a time."""
-    fire, step = module.fire, module.step
+    fire, fire_changed, step = module.fire, module.fire_changed, module.step
 
     def counted_fire(current: Tensor, norm: Norm | None, steps: int) -> tuple[Tensor, Tensor]:
         spikes, rate = fire(current, norm, steps)
@@ -169,13 +194,19 @@ def _wrap_neuron(module: LIF, cost: LayerCost, profile: Profile) -> None:
         _count_spikes(cost, spikes, spikes[0, 0].numel())
         return spikes, rate
 
+    def counted_fire_changed(current: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+        spikes = fire_changed(current, change)
+        profile.layers[cost.name] = cost
+        _count_spikes(cost, spikes, spikes[0, 0].numel())
+        return spikes
+
     def counted_step(current: Tensor, mem: Tensor | None) -> tuple[Tensor, Tensor]:
         spikes, mem = step(current, mem)
         profile.layers[cost.name] = cost
         _count_spikes(cost, spikes, spikes[0].numel())
         return spikes, mem
 
-    module.__dict__["fire"], module.__dict__["step"] = counted_fire, counted_step
+    module.__dict__.update(fire=counted_fire, fire_changed=counted_fire_changed, step=counted_step)
 
 
 def report(model: SpikingVAE, config: Config | None, images: int = 64) -> str:

@@ -1,5 +1,6 @@
 """Spiking neurons: modules from currents to spikes, built on the kernels; and a rectifier, to compare with."""
 
+from collections.abc import Callable
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -8,7 +9,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from spikegen.kernels import Engine, Norm, Reset, lif_scan, lif_step, normed_scan
+from spikegen.kernels import Engine, Norm, Reset, lif_scan, lif_step, modulated_scan, normed_scan
 from spikegen.kernels.surrogates import ATan, Surrogate
 from spikegen.spec import Spec, UserError, default_kind
 
@@ -101,6 +102,13 @@ class LIF(nn.Module):
         beta, threshold = self._constants(current[0])
         return normed_scan(current, norm, beta, threshold, self.spec.reset, self.spec.surrogate, steps, self.engine)
 
+    def fire_changed(
+        self, current: Float[Tensor, "T B *n"], change: Callable[[Tensor], Tensor]
+    ) -> Float[Tensor, "T B *n"]:
+        """Spikes of currents where each step's membrane is change(membrane) before it fires."""
+        beta, threshold = self._constants(current[0])
+        return modulated_scan(current, beta, threshold, self.spec.reset, self.spec.surrogate, change)
+
     def step(
         self, current: Float[Tensor, "B *n"], mem: Float[Tensor, "B *n"] | None
     ) -> tuple[Float[Tensor, "B *n"], Float[Tensor, "B *n"]]:
@@ -137,6 +145,12 @@ class ReLU(nn.Module):
         """(activations, their mean over space) of currents that `norm`, if any, has yet to be applied to."""
         out = self(current if norm is None else norm.apply(current)).expand(steps, *current.shape[1:])
         return out, out.flatten(3).mean(-1) if out.dim() > 3 else out
+
+    def fire_changed(
+        self, current: Float[Tensor, "T B *n"], change: Callable[[Tensor], Tensor]
+    ) -> Float[Tensor, "T B *n"]:
+        """Activations of changed currents, each step by itself."""
+        return self(torch.stack([change(step) for step in current]))
 
     def step(self, current: Float[Tensor, "B *n"], mem: Tensor | None) -> tuple[Float[Tensor, "B *n"], None]:
         """One step, which needs nothing of the one before."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from spikegen.attention import Attention
 from spikegen.kernels import Engine, Norm, moments
 from spikegen.kernels.norms import EPSILON, per_channel
+from spikegen.multi_attention import MultiAttention
 from spikegen.neurons import Neuron, NeuronSpec
 from spikegen.spec import Spec
 
@@ -122,12 +123,26 @@ class Stage(nn.Module):
         """
         norm: Norm | None = self.norm.of(current, self.bias)
         dtype = current.dtype
+        if isinstance(self.attention, MultiAttention):
+            assert norm is not None
+            current = norm.apply(current) if direct is None else norm.apply(current) + direct
+            return self._fire_attended(current.expand(steps, *current.shape[1:]), self.attention, dtype)
         if direct is not None:
             assert norm is not None
             current, norm = norm.apply(current) + direct, None
         spikes, rate = self.neuron.fire(current, norm, steps)
         spikes = spikes.to(dtype)
         return (spikes if self.attention is None else self.attention(spikes, rate)), rate.mean()
+
+    def _fire_attended(
+        self, current: Tensor, attention: MultiAttention, dtype: torch.dtype
+    ) -> tuple[Tensor, Float[Tensor, ""]]:
+        current = attention(current)
+        if attention.in_scan:
+            spikes = self.neuron.fire_changed(current, attention.gate_membrane)
+            return spikes.to(dtype), spikes.float().mean()
+        spikes, rate = self.neuron.fire(current, None, len(current))
+        return spikes.to(dtype), rate.mean()
 
 
 class Stepper:

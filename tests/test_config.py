@@ -177,7 +177,7 @@ def test_a_mapping_of_overrides_is_the_same_as_strings() -> None:
             "model.attention.kernel_x=1",
             "model.attention.kernel_x is not a key of model.attention; did you mean kernel_",
         ),
-        ("model.attention.kind=tjca", "model.attention.kind is 'tjca'; did you mean tcja?"),
+        ("model.attention.kind=tcjx", "model.attention.kind is 'tcjx'; did you mean tcja?"),
         ("model.attention={kernel_t: 3}", "model.attention"),
         ("model.neuron.surrogate=atann", "model.neuron.surrogate.kind is 'atann'; did you mean atan?"),
         ("model.neuron.reset=soft", "model.neuron.reset is 'soft'; choose from subtract, zero"),

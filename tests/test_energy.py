@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from spikegen.energy import AC_PICOJOULES, MAC_PICOJOULES, dense_macs, measure
+from spikegen.energy import AC_PICOJOULES, MAC_PICOJOULES, _multi_gate_macs, dense_macs, measure
+from spikegen.multi_attention import MASpec
 from spikegen.prior import MaskedSpec
 from spikegen.vae import ModelConfig, SpikingVAE
 
@@ -127,6 +128,33 @@ def test_attention_costs_its_gate_and_makes_the_next_layer_multiply(kind, gate):
 
 
 @torch.no_grad()
+@torch.no_grad()
+@pytest.mark.parametrize(("kind", "made"), [("ta", 3 * 60**2 * 2 / 5), ("ca", 276_480), ("sa", 60 * 98 * 1344)])
+def test_multi_attention_costs_what_the_paper_counts(kind, made):
+    """Gesture's three layers, T = 60: 276,480 is the paper's own figure (table 5, r_c = 16, arXiv 2209.13929)."""
+    total = 0
+    for channels, size in ((64, 32), (128, 16), (128, 8)):
+        block = MASpec(kind=kind, reduction_t=5, reduction_c=16, kernel=7).build(60, channels)
+        x = torch.zeros(60, 1, channels, size, size)
+        total += _multi_gate_macs(block, x) - x.numel()
+    assert total == made
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("placement", ["post", "membrane"])
+def test_gates_before_the_spikes_leave_the_next_layer_adding(placement):
+    model = build(attention={"kind": "csa", "placement": placement, "kernel": 3})
+    model.encoder[0].norm.bias.fill_(1.0)  # a gate of a quarter still leaves spikes
+    profile = measure(model, lambda: model.reconstruct(images()), IMAGES)
+    gates = [cost for cost in profile.layers.values() if cost.kind == "MultiAttention"]
+    assert [cost.name for cost in gates] == ["encoder.0.attention", "decoder.0.attention"]
+    # C = 2 channels and their one hidden unit, the 3x3 of two maps, then two products a neuron, at each of the steps
+    assert gates[0].macs == IMAGES * STEPS * (2 * 2 * 1 + 18 * 4 + 2 * CHANNELS * 4)
+    assert not any(".time." in name or ".channel." in name or ".space." in name for name in profile.layers)
+    assert profile.layers["decoder.0.layer"].macs == 0 < profile.layers["decoder.0.layer"].acs
+    assert profile.layers["encoder.0.neuron"].spikes > 0
+
+
 @pytest.mark.parametrize("kind", ["rate", "latency"])
 def test_a_spiking_input_is_added(kind):
     model, x = build(encoding={"kind": kind}), images()

@@ -396,7 +396,7 @@ def test_firing_rates_are_the_stages_in_order():
         {"num_steps": 0},
         {"num_steps": 257},
         {"attention_in": "latent"},
-        {"attention": {"kind": "ta"}},
+        {"attention": {"kind": "tb"}},
         {"readout": {"kind": "tcja", "decay": 0.8}},
         {"engine": "cupy"},
         {"width": 32},

@@ -1,17 +1,29 @@
 """The leaky integrate-and-fire scan and its engines, one file each; every engine equals `reference`."""
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from spikegen.kernels import analytic, fused, reference
+from spikegen.kernels import analytic, fused, modulated, reference
 from spikegen.kernels.engines import ENGINES, Engine, choose
 from spikegen.kernels.norms import Norm, moments
 from spikegen.kernels.surrogates import AnySurrogate
 
-__all__ = ["ENGINES", "Engine", "Norm", "Reset", "choose", "lif_scan", "lif_step", "moments", "normed_scan"]
+__all__ = [
+    "ENGINES",
+    "Engine",
+    "Norm",
+    "Reset",
+    "choose",
+    "lif_scan",
+    "lif_step",
+    "modulated_scan",
+    "moments",
+    "normed_scan",
+]
 
 Reset = Literal["subtract", "zero"]
 
@@ -63,6 +75,18 @@ def normed_scan(
     spikes = PLAIN[chosen](x, beta, threshold, reset, surrogate)
     rate = spikes.flatten(3).mean(-1, dtype=beta.dtype) if y.dim() > 3 else spikes.to(beta.dtype)
     return spikes.to(y.dtype), rate
+
+
+def modulated_scan(
+    x: Float[Tensor, "T *n"],
+    beta: Float[Tensor, "*b"],
+    threshold: Float[Tensor, "*h"],
+    reset: Reset,
+    surrogate: AnySurrogate,
+    change: Callable[[Tensor], Tensor],
+) -> Float[Tensor, "T *n"]:
+    """`lif_scan` where each step's membrane is change(membrane) before it fires; the same on every engine."""
+    return modulated.scan(x, *_wide(x, beta, threshold), reset, surrogate, change)
 
 
 def lif_step(

@@ -1,0 +1,156 @@
+"""Multi-dimensional attention (MA-SNN, arXiv 2209.13929): gates over time, channels and space, before the neuron fires.
+
+Each gate is sigmoid(F(mean) + F(max)) of the same tensor squeezed two ways; combinations are serial, T then C then S.
+"""
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from pydantic import Field, field_validator, model_validator
+from torch import Tensor, nn
+
+from spikegen.spec import Spec, UserError
+
+
+class MASpec(Spec):
+    """Which of the three gates, and where: the letters of `kind` are time (t), channel (c) and space (s).
+
+    `placement` `post` gates the currents of all steps at once, between norm and neuron (the paper's Conv-POST);
+    `membrane` gates the integrated membrane inside the scan (Activate-PRE, eq. 14), where the gated membrane is what
+    fires, decays and is carried; the time gate stays on the currents. `per_step`: a channel and a space gate for each
+    step, as the paper has it, or one for all steps. `relu`: negative currents are dropped after the gates. `authors`
+    changes the defaults to the published code's: `relu`, not `per_step`, kernel 3.
+    """
+
+    kind: Literal["ta", "ca", "sa", "tca", "tsa", "csa", "tcsa"] = "tcsa"
+    placement: Literal["post", "membrane"] = "post"
+    reduction_t: int = Field(16, ge=1, le=2**16)
+    """r_t and r_c, the paper's ratios: the hidden widths are T // r_t and C // r_c, and at least 1."""
+    reduction_c: int = Field(16, ge=1, le=2**16)
+    kernel: int = Field(7, ge=1, le=63)
+    """Of the space gate's convolution."""
+    per_step: bool = True
+    relu: bool = False
+    authors: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_published(cls, values: Any) -> Any:
+        published = {"relu": True, "per_step": False, "kernel": 3}
+        return published | values if isinstance(values, dict) and values.get("authors") is True else values
+
+    @field_validator("kernel")
+    @classmethod
+    def _odd(cls, value: int) -> int:
+        if value % 2 == 0:
+            raise ValueError("an even kernel has no middle; use an odd one")
+        return value
+
+    @model_validator(mode="after")
+    def _possible(self) -> "MASpec":
+        if self.placement == "membrane":
+            if self.kind == "ta":
+                raise ValueError(
+                    "placement membrane is not for ta: a gate over all steps cannot change membranes that have fired; "
+                    "use post"
+                )
+            if self.authors or not self.per_step:
+                raise ValueError("placement membrane sees one step at a time: it needs per_step and not authors")
+        return self
+
+    def build(self, num_steps: int, channels: int) -> "MultiAttention":
+        """The module for currents of `num_steps` steps and `channels` channels."""
+        return MultiAttention(self, num_steps, channels)
+
+
+class MultiAttention(nn.Module):
+    """See MASpec."""
+
+    def __init__(self, spec: MASpec, num_steps: int, channels: int):
+        super().__init__()
+        self.spec, self.num_steps, self.channels = spec, num_steps, channels
+        self.time = SqueezeGate(num_steps, spec.reduction_t) if "t" in spec.kind else None
+        self.channel = SqueezeGate(channels, spec.reduction_c) if "c" in spec.kind else None
+        self.space = SpaceGate(spec.kernel) if "s" in spec.kind else None
+
+    @property
+    def causal(self) -> bool:
+        """Whether no step's gate depends on a later step."""
+        return self.time is None and self.spec.per_step
+
+    @property
+    def in_scan(self) -> bool:
+        """Whether `gate_membrane` has a part."""
+        return self.spec.placement == "membrane"
+
+    def forward(self, current: Float[Tensor, "T B C *hw"]) -> Float[Tensor, "T B C *hw"]:
+        """The gated currents; UserError when their steps or channels are not those that the block was built for."""
+        if current.shape[0] != self.num_steps or current.shape[2] != self.channels:
+            raise UserError(
+                f"attention {self.spec.kind} was built for T={self.num_steps} steps and C={self.channels} channels, "
+                f"but the currents have T={current.shape[0]} and C={current.shape[2]}"
+            )
+        if self.time is not None:
+            squeezed = current.flatten(2)
+            current = current * _wide(self.time(squeezed.mean(2).T, squeezed.amax(2).T).T, current)
+        if not self.in_scan:
+            steps = (0,) if not self.spec.per_step else ()
+            current = self._over_channels_and_space(current, steps)
+            current = current.relu() if self.spec.relu else current
+        return current
+
+    def gate_membrane(self, u: Float[Tensor, "B C *hw"]) -> Float[Tensor, "B C *hw"]:
+        """One step's membrane U, gated over channels, then space."""
+        u = self._over_channels_and_space(u.unsqueeze(0), ()).squeeze(0)
+        return u.relu() if self.spec.relu else u
+
+    def _over_channels_and_space(self, x: Tensor, steps: tuple[int, ...]) -> Tensor:
+        """`steps` is (0,) where the gates look at all steps together."""
+        if self.channel is not None:
+            dims = (*steps, *range(3, x.dim()))
+            mean, most = (x.mean(dims, keepdim=True), x.amax(dims, keepdim=True)) if dims else (x, x)
+            x = x * _wide(self.channel(mean.flatten(2), most.flatten(2)), x)
+        if self.space is not None:
+            if x.dim() != 5:
+                raise UserError(f"attention {self.spec.kind} needs images; got currents of {tuple(x.shape)}")
+            dims = (*steps, 2)
+            x = x * self.space(x.mean(dims, keepdim=True), x.amax(dims, keepdim=True))
+        return x
+
+    def extra_repr(self) -> str:
+        """The spec, for print(model)."""
+        return f"{self.spec!r}, num_steps={self.num_steps}, channels={self.channels}"
+
+
+class SqueezeGate(nn.Module):
+    """sigmoid(W1 ReLU(W0 mean) + W1 ReLU(W0 max)), without biases (the paper's g_t and g_c)."""
+
+    def __init__(self, size: int, reduction: int):
+        super().__init__()
+        hidden = max(1, size // reduction)
+        self.w0, self.w1 = nn.Linear(size, hidden, bias=False), nn.Linear(hidden, size, bias=False)
+
+    def forward(self, mean: Float[Tensor, "*b n"], most: Float[Tensor, "*b n"]) -> Float[Tensor, "*b n"]:
+        """Gates in (0, 1)."""
+        # One product for both: W1 is linear, so the branches may join before it.
+        return self.w1(F.relu(self.w0(mean)) + F.relu(self.w0(most))).sigmoid()
+
+
+class SpaceGate(nn.Module):
+    """sigmoid(conv([mean; max] over channels)), without bias (the paper's g_s)."""
+
+    def __init__(self, kernel: int):
+        super().__init__()
+        self.conv = nn.Conv2d(2, 1, kernel, padding=kernel // 2, bias=False)
+
+    def forward(self, mean: Float[Tensor, "T B 1 H W"], most: Float[Tensor, "T B 1 H W"]) -> Float[Tensor, "T B 1 H W"]:
+        """Gates in (0, 1)."""
+        both = torch.cat([mean, most], 2)
+        return self.conv(both.flatten(0, 1)).unflatten(0, both.shape[:2]).sigmoid()
+
+
+def _wide(gate: Tensor, x: Tensor) -> Tensor:
+    """The gate with dimensions of size 1 behind, to multiply `x` by."""
+    return gate.view(*gate.shape, *(1,) * (x.dim() - gate.dim()))
