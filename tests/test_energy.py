@@ -128,7 +128,6 @@ def test_attention_costs_its_gate_and_makes_the_next_layer_multiply(kind, gate):
 
 
 @torch.no_grad()
-@torch.no_grad()
 @pytest.mark.parametrize(("kind", "made"), [("ta", 3 * 60**2 * 2 / 5), ("ca", 276_480), ("sa", 60 * 98 * 1344)])
 def test_multi_attention_costs_what_the_paper_counts(kind, made):
     """Gesture's three layers, T = 60: 276,480 is the paper's own figure (table 5, r_c = 16, arXiv 2209.13929)."""
@@ -155,6 +154,7 @@ def test_gates_before_the_spikes_leave_the_next_layer_adding(placement):
     assert profile.layers["encoder.0.neuron"].spikes > 0
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("kind", ["rate", "latency"])
 def test_a_spiking_input_is_added(kind):
     model, x = build(encoding={"kind": kind}), images()

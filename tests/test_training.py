@@ -472,7 +472,8 @@ original = training.prior_phase
 
 def watched(*args, **values):
     phase = original(*args, **values)
-    frozen = b"".join(v.contiguous().numpy().tobytes() for v in phase.kept()["vae"].values())
+    held = [*phase.kept()["vae"].values(), *phase.module.mixture.state_dict().values()]
+    frozen = b"".join(v.contiguous().numpy().tobytes() for v in held)
     Path(sys.argv[1], "rank" + os.environ["RANK"]).write_text(hashlib.sha256(frozen).hexdigest())
     return phase
 
