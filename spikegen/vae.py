@@ -1,6 +1,6 @@
 """The spiking variational autoencoder: encoding -> stages -> latent -> mirrored stages -> readout, with a head."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +11,6 @@ import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
 from jaxtyping import Float, Int64
 from pydantic import Field, PositiveInt
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from spikegen.attention import Attention
@@ -25,9 +23,10 @@ from spikegen.latents import BernoulliSpec, GaussianPosterior, Latent, Posterior
 from spikegen.neurons import LIFSpec, Neuron
 from spikegen.prior import MaskedPrior, MaskedSpec
 from spikegen.readouts import MembraneSpec, Readout
+from spikegen.saving import CONFIG, WEIGHTS, find_model, load_weights, save_model
 from spikegen.spec import Spec, UserError, parse
 from spikegen.stages import Stage, StageSpec, down_stage, up_stage
-from spikegen.storage import read_json, replacing, write_json
+from spikegen.storage import read_json
 
 SAMPLE_CHUNK = 64
 """Samples are made in full chunks of this size, so that rounding, and so image k, never depends on how many."""
@@ -337,9 +336,7 @@ class SpikingVAE(nn.Module, PyTorchModelHubMixin):
         """Write config.json and model.safetensors into `folder`, each beside and renamed."""
         prior = self.prior.spec if self.prior else None
         saved = SavedModel(model=self.config, image_shape=self.image_shape, classes=self.classes, prior=prior)
-        with replacing(folder / "model.safetensors") as path:
-            save_file({k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}, path)
-        write_json(folder / "config.json", saved.model_dump(mode="json"))
+        save_model(folder, self.state_dict(), saved)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -349,35 +346,10 @@ class SpikingVAE(nn.Module, PyTorchModelHubMixin):
 
         UserError where there is no such model, or its files are broken, foreign, or of another shape.
         """
-        folder = Path(source) if Path(source).is_dir() else _from_hub(str(source), revision)
-        config_file, weights_file = folder / "config.json", folder / "model.safetensors"
-        saved = parse(SavedModel, read_json(config_file), str(config_file))
+        folder = find_model(source, revision)
+        saved = parse(SavedModel, read_json(folder / CONFIG), str(folder / CONFIG))
         model = cls(saved.model, saved.image_shape, saved.classes)
         if saved.prior is not None:
             model.add_prior(saved.prior)
-        try:
-            model.load_state_dict(load_file(weights_file))
-        except (SafetensorError, OSError) as error:
-            raise UserError(
-                f"cannot read {weights_file}: {error}; it is missing, truncated or no safetensors"
-            ) from None
-        except RuntimeError as error:
-            first = str(error).splitlines()[1].strip()
-            raise UserError(f"{weights_file} does not fit {config_file}: {first}") from None
+        load_weights(model, folder / WEIGHTS, folder / CONFIG)
         return model.to(device).eval()
-
-
-def _from_hub(repository: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    wrong: Callable[[str], UserError] = lambda why: UserError(  # noqa: E731
-        f"{repository} is no run folder, no saved model, and no model on the Hugging Face hub ({why})"
-    )
-    if Path(repository).is_absolute() or repository.count("/") != 1:
-        raise wrong("a hub id is OWNER/NAME")
-    try:
-        files = ["config.json", "model.safetensors"]
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=files))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise wrong(str(error).splitlines()[0]) from None

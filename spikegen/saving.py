@@ -1,0 +1,54 @@
+"""A saved model is a folder with config.json and model.safetensors, on this disk or on the Hugging Face hub."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from spikegen.spec import Spec, UserError
+from spikegen.storage import replacing, write_json
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+
+def save_model(folder: Path, state: Mapping[str, Tensor], saved: Spec) -> None:
+    """Write `state` as model.safetensors and `saved` as config.json into `folder`, each beside and renamed."""
+    with replacing(folder / WEIGHTS) as path:
+        save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, path)
+    write_json(folder / CONFIG, saved.model_dump(mode="json"))
+
+
+def find_model(source: str | Path, revision: str | None = None) -> Path:
+    """The folder `source`, else that of the Hugging Face hub's repository of this name; UserError if it is neither."""
+    return Path(source) if Path(source).is_dir() else _from_hub(str(source), revision)
+
+
+def load_weights(model: nn.Module, weights: Path, config: Path) -> None:
+    """Put the tensors of the file `weights` into `model`; `config` is the file that says what it was built as.
+
+    UserError where the file is missing, broken, or of another shape than the model.
+    """
+    try:
+        model.load_state_dict(load_file(weights))
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"cannot read {weights}: {error}; it is missing, truncated or no safetensors") from None
+    except RuntimeError as error:
+        first = str(error).splitlines()[1].strip()
+        raise UserError(f"{weights} does not fit {config}: {first}") from None
+
+
+def _from_hub(repository: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    wrong: Callable[[str], UserError] = lambda why: UserError(  # noqa: E731
+        f"{repository} is no run folder, no saved model, and no model on the Hugging Face hub ({why})"
+    )
+    if Path(repository).is_absolute() or repository.count("/") != 1:
+        raise wrong("a hub id is OWNER/NAME")
+    try:
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=[CONFIG, WEIGHTS]))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise wrong(str(error).splitlines()[0]) from None
