@@ -12,10 +12,10 @@ def command(run: str, num: int, device: str) -> None:
     """Draw what explains RUN into RUN/plots: curves, grids over training, spikes, attention, interpolations."""
     from spikegen.figures import draw_all
     from spikegen.plots import check_picture
-    from spikegen.runs import Run, open_run
+    from spikegen.runs import Run, open_vae
     from spikegen.spec import UserError
 
-    model, config = open_run(run, device)
+    model, config = open_vae(run, device)
     if config is None:
         raise UserError(f"{run} has no config.yaml that names its data; give a run folder")
     check_picture(Run(run).path / "plots" / "curves.png")

@@ -22,14 +22,14 @@ def command(
 ) -> None:  # fmt: skip
     """Draw images from RUN: a run folder, a saved model, or a Hugging Face hub id."""
     from spikegen.plots import check_folder, check_picture, save_grid, write_images
-    from spikegen.runs import default_output, open_run
+    from spikegen.runs import default_output, open_vae
     from spikegen.sampling import Sampling, generate
     from spikegen.spec import parse
 
     out = out or (None if images else default_output(run, "samples.png"))
     check_picture(out)
     check_folder(images)
-    model, _ = open_run(run, device)
+    model, _ = open_vae(run, device)
     batches = write_images(generate(model, num, seed, label, parse(Sampling, sampling, "sampling")), images)
     if out:
         save_grid(batches, out)

@@ -8,9 +8,10 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, model_validator
 
+from spikegen.classifier import ClassifierConfig
 from spikegen.data import DataSpec
 from spikegen.prior import MaskedSpec
-from spikegen.spec import Spec, UserError, parse, suggest
+from spikegen.spec import Spec, UserError, default_kind, parse, suggest
 from spikegen.storage import user_mistakes
 from spikegen.vae import ModelConfig
 
@@ -28,8 +29,9 @@ MetricName = Literal[
 
 
 class LossesConfig(Spec):
-    """The weights of the loss, beside reconstruction's, which is 1."""
+    """The weights of an autoencoder's loss, beside reconstruction's, which is 1."""
 
+    kind: Literal["vae"] = "vae"
     prior: Literal["mmd", "kl", "rbf"] = "mmd"
     """`mmd` and `kl` for a bernoulli latent, `rbf` for a poisson, `kl` for a gaussian or a spatial one."""
     prior_weight: float = Field(1.0, ge=0)
@@ -48,6 +50,23 @@ class LossesConfig(Spec):
     firing_rate_target: float = Field(0.2, ge=0, le=1)
 
 
+class ClassifierLosses(Spec):
+    """A classifier's loss: cross-entropy of the mean output, SMSE of the outputs, or TET, each step's cross-entropy."""
+
+    kind: Literal["ce", "smse", "tet"] = "ce"
+    smoothing: float = Field(0.0, ge=0, lt=1)
+    """Of the labels, in `ce` and `tet`."""
+    tet_weight: float = Field(1e-3, ge=0, le=1)
+    tet_mean: float = 1.0
+    """`tet` pulls the outputs to `tet_mean` with this weight."""
+    firing_rate: float = Field(0.0, ge=0)
+    firing_rate_target: float = Field(0.2, ge=0, le=1)
+
+
+Losses = Annotated[Annotated[LossesConfig | ClassifierLosses, Field(discriminator="kind")], default_kind("vae")]
+Model = Annotated[Annotated[ModelConfig | ClassifierConfig, Field(discriminator="kind")], default_kind("vae")]
+
+
 class LoopConfig(Spec):
     """What every phase of training has."""
 
@@ -58,7 +77,9 @@ class LoopConfig(Spec):
     warmup: float = Field(0.02, ge=0, lt=1)
     """Part of the training during which the learning rate rises from 0."""
     weight_decay: float = Field(1e-3, ge=0)
+    optimizer: Literal["adamw", "sgd"] = "adamw"
     betas: tuple[Rate, Rate] = (0.9, 0.999)
+    """AdamW's; the first is also SGD's momentum."""
     clip: Annotated[float, Field(gt=0)] | None = 1.0
     """Largest norm of the gradient."""
     ema: float = Field(0.999, ge=0, lt=1)
@@ -72,12 +93,14 @@ class TrainingConfig(LoopConfig):
     seed: int = Field(0, ge=0, lt=2**63)
     prior_lr: float = Field(1.0, gt=0)
     """How many times `lr` the latent's own prior learns with."""
-    losses: LossesConfig = LossesConfig()
+    losses: Losses = LossesConfig()
+    encoder: str | None = None
+    """A run, saved model or hub id whose encoder this one starts with."""
     log_every: int = Field(2_000, ge=1)
     checkpoint_every: int = Field(60_000, ge=1)
     """Images between checkpoints, each with a sample grid and an evaluation on test images."""
     evaluate: int = Field(1_000, ge=0)
-    """Test images in an evaluation."""
+    """Test images in an evaluation; a classifier's are of the validation split."""
     keep_checkpoints: int = Field(2, ge=1)
     tensorboard: bool = True
 
@@ -126,29 +149,67 @@ class ScoringConfig(Spec):
 class Config(Spec):
     """What `config.yaml` holds."""
 
-    model: ModelConfig = ModelConfig()
+    model: Model = ModelConfig()
     data: DataSpec
     training: TrainingConfig = TrainingConfig()
     prior: PriorConfig | None = None
     refinement: RefinementConfig | None = None
     scoring: ScoringConfig = ScoringConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _loss_of_a_classifier(cls, values: Any) -> Any:
+        """Where a classifier's config names no loss, it is cross-entropy."""
+        if not isinstance(values, Mapping) or not _names_classifier(values.get("model")):
+            return values
+        training = values.get("training", {})
+        if not isinstance(training, Mapping) or not isinstance(losses := training.get("losses", {}), Mapping):
+            return values
+        return {**values, "training": {**training, "losses": {"kind": "ce", **losses}}}
+
     @model_validator(mode="after")
-    def _prior_fits_latent(self) -> "Config":
-        kind, chosen = self.model.latent.kind, self.training.losses.prior
-        if chosen not in (right := PRIOR_LOSSES[kind]):
-            raise ValueError(f"training.losses.prior is {chosen!r}; a {kind} latent takes {' or '.join(right)}")
-        if self.training.prior_lr != 1 and kind == "gaussian":
-            raise ValueError(
-                f"training.prior_lr is for latents that learn a prior of their own, not {kind}; set it to 1"
-            )
-        if self.training.losses.certainty and kind == "gaussian":
-            raise ValueError("training.losses.certainty is of bits, which a gaussian latent has not; set it to 0")
-        if self.model.neuron.kind == "relu" and kind in ("bernoulli", "poisson"):
-            raise ValueError(f"model.neuron.kind is relu, but a {kind} latent draws from spikes; use lif")
-        if self.prior is not None and kind != "spatial":
-            raise ValueError(f"prior needs model.latent.kind spatial, not {kind}, which has a prior of its own")
+    def _parts_fit(self) -> "Config":
+        if isinstance(self.model, ModelConfig):
+            _check_vae(self, self.model)
+        else:
+            _check_classifier(self, self.model)
         return self
+
+
+def _names_classifier(model: Any) -> bool:
+    return isinstance(model, ClassifierConfig) or (isinstance(model, Mapping) and model.get("kind") == "classifier")
+
+
+def _check_vae(config: Config, model: ModelConfig) -> None:
+    kind, losses = model.latent.kind, config.training.losses
+    if not isinstance(losses, LossesConfig):
+        raise ValueError(f"training.losses.kind is {losses.kind!r}, a classifier's; use vae")
+    if losses.prior not in (right := PRIOR_LOSSES[kind]):
+        raise ValueError(f"training.losses.prior is {losses.prior!r}; a {kind} latent takes {' or '.join(right)}")
+    if config.training.prior_lr != 1 and kind == "gaussian":
+        raise ValueError(f"training.prior_lr is for latents that learn a prior of their own, not {kind}; set it to 1")
+    if losses.certainty and kind == "gaussian":
+        raise ValueError("training.losses.certainty is of bits, which a gaussian latent has not; set it to 0")
+    if model.neuron.kind == "relu" and kind in ("bernoulli", "poisson"):
+        raise ValueError(f"model.neuron.kind is relu, but a {kind} latent draws from spikes; use lif")
+    if config.prior is not None and kind != "spatial":
+        raise ValueError(f"prior needs model.latent.kind spatial, not {kind}, which has a prior of its own")
+
+
+def _check_classifier(config: Config, model: ClassifierConfig) -> None:
+    losses = config.training.losses
+    if not isinstance(losses, ClassifierLosses):
+        raise ValueError("training.losses.kind is 'vae', an autoencoder's; use ce, smse or tet")
+    if losses.kind != "ce" and model.head.kind == "rate":
+        raise ValueError(f"training.losses.kind {losses.kind} is of each step's outputs, which a rate head has not: "
+                         "use model.head.kind spiking, or the loss ce")  # fmt: skip
+    for name in ("prior", "refinement"):
+        if getattr(config, name) is not None:
+            raise ValueError(f"{name} is of an autoencoder; a classifier's config has no such section")
+    if config.training.prior_lr != 1:
+        raise ValueError("training.prior_lr is for latents, which a classifier has not; set it to 1")
+    if config.scoring.extractor is not None or "metrics" in config.scoring.model_fields_set:
+        raise ValueError("scoring.extractor and scoring.metrics are of generated images; a classifier has none")
 
 
 def load_config(name: str | Path, overrides: Sequence[str] | Mapping[str, Any] = ()) -> Config:
@@ -162,7 +223,8 @@ def load_config(name: str | Path, overrides: Sequence[str] | Mapping[str, Any] =
     for key, value in pairs:
         _set(values, key, value)
     config = parse(Config, values, source)
-    if config.training.losses.classification is None and config.model.head is not None:
+    losses = config.training.losses
+    if isinstance(losses, LossesConfig) and losses.classification is None and config.model.head is not None:
         config = config.model_copy(update={"model": config.model.model_copy(update={"head": None})})
     return config
 

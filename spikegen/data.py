@@ -11,14 +11,18 @@ from torchvision import datasets
 from spikegen import small_sets
 from spikegen.decoding import IMAGE_SUFFIXES, decode_files
 from spikegen.file_sets import CELEBA_ATTRIBUTES, CELEBA_CROP, celeba, scan_folder
-from spikegen.images import ImageSet, Split, resize
+from spikegen.images import ImageSet, Part, Split, resize
 
 # Not used here, but by others who import them from here: to_model, to_uint8, batch_indices, flip_mask.
 from spikegen.images import to_model as to_model
 from spikegen.images import to_uint8 as to_uint8
 from spikegen.order import batch_indices as batch_indices
 from spikegen.order import flip_mask as flip_mask
+from spikegen.order import permutation
 from spikegen.spec import Spec, UserError, suggest
+
+VALIDATION_SEED = 1
+"""Of the choice of validation images, which no setting changes."""
 
 CHANNELS = {"digits": 1, "mnist": 1, "fashion_mnist": 1, "cifar10": 3, "celeba": 3}
 CLASSES = {
@@ -33,9 +37,10 @@ class DataSpec(Spec):
     """Which images, and in what shape.
 
     `root` defaults to $SPIKEGEN_DATA, then ~/.cache/spikegen/data; for `folder` it is the folder of images.
-    `channels` is for `folder` only (default 3): the other sets have their own. `train_limit` keeps the first
-    N training images. `flip` asks training for random left-right flips. `attribute` makes one of CelebA's 40
-    attributes the label. `download` allows fetching what is absent.
+    `channels` is for `folder` only (default 3): the other sets have their own. `validation` training images, chosen
+    at random but always the same ones, are put aside for a classifier's evaluations; `train_limit` keeps the first N
+    of the others. `flip` asks training for random left-right flips. `attribute` makes one of CelebA's 40 attributes
+    the label. `download` allows fetching what is absent.
     """
 
     name: Literal["digits", "mnist", "fashion_mnist", "cifar10", "celeba", "folder"] = "digits"
@@ -43,6 +48,7 @@ class DataSpec(Spec):
     image_size: int = Field(32, ge=4, le=2**12)
     channels: Literal[1, 3] | None = None
     train_limit: int | None = Field(None, gt=0)
+    validation: int = Field(0, ge=0)
     flip: bool = False
     attribute: str | None = None
     download: bool = True
@@ -76,12 +82,14 @@ class DataSpec(Spec):
             return (f"not {self.attribute}", self.attribute) if self.attribute else ()
         return CLASSES[self.name]
 
-    def load(self, split: Split) -> ImageSet:
+    def load(self, split: Part) -> ImageSet:
         """The split's images [N, C, image_size, image_size] in the set's own order, and their labels.
 
         MNIST, Fashion-MNIST, CIFAR-10 and CelebA are split officially (CelebA's validation part is unused),
         digits and folders as `digits` and `scan_folder` say. UserError: data absent, or damaged.
         """
+        if split == "validation" or (split == "train" and self.validation):
+            return self._part(split)
         limit = self.train_limit if split == "train" else None
         if self.name in ("celeba", "folder"):
             return self._load_files(split, limit)
@@ -93,6 +101,16 @@ class DataSpec(Spec):
             dataset = datasets.MNIST if self.name == "mnist" else datasets.FashionMNIST
             images, labels = small_sets.mnist(dataset, self._root(), split, self.download)
         return ImageSet(resize(images[:limit], self.image_size), labels[:limit], self.class_names())
+
+    def _part(self, split: Part) -> ImageSet:
+        """Of the training split, what is put aside, or the rest."""
+        whole = self.model_copy(update={"validation": 0, "train_limit": None}).load("train")
+        if self.validation >= len(whole):
+            raise UserError(f"data.validation is {self.validation}, but {self.name} has {len(whole)} training images")
+        order = torch.from_numpy(permutation(VALIDATION_SEED, 0, len(whole)))
+        held = order[: self.validation] if split == "validation" else order[self.validation :]
+        chosen = held.sort().values[: self.train_limit if split == "train" else None]
+        return ImageSet(whole.images[chosen], None if whole.labels is None else whole.labels[chosen], whole.classes)
 
     def _load_files(self, split: Split, limit: int | None) -> ImageSet:
         root = self._root()

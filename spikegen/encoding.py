@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 import torch
 from jaxtyping import Float
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from spikegen.spec import Spec
 
@@ -40,33 +40,49 @@ class LatencySpec(Spec):
         return Latency(num_steps)
 
 
-Encoding = Annotated[DirectSpec | RateSpec | LatencySpec, Field(discriminator="kind")]
+class FramesSpec(Spec):
+    """No encoding: the data has a frame for each step already, as events have."""
+
+    kind: Literal["frames"] = "frames"
+
+    def build(self, num_steps: int) -> "Frames":
+        """The module for `num_steps` steps."""
+        return Frames(num_steps)
 
 
-class _Encoding(nn.Module):
+EncodingSpec = Annotated[DirectSpec | RateSpec | LatencySpec | FramesSpec, Field(discriminator="kind")]
+
+
+class Encoding:
+    """An image to what the first layer sees at each step; nothing in it is learnt."""
+
     static = False  # whether every step is the same, so that the first convolution is needed once, not T times
+    has_time = False  # whether the images that it takes have a dimension of time
 
     def __init__(self, num_steps: int):
-        super().__init__()
         self.num_steps = num_steps
 
+    def __call__(self, image: Tensor, uniform: Tensor | None = None) -> Tensor:
+        """See the kinds."""
+        raise NotImplementedError
 
-class Direct(_Encoding):
+
+class Direct(Encoding):
     """See DirectSpec."""
 
     static = True
 
-    def forward(
+    def __call__(
         self, image: Float[Tensor, "B C H W"], uniform: Float[Tensor, "T B C H W"] | None = None
     ) -> Float[Tensor, "T B C H W"]:
         """`image` in [-1, 1], repeated without a copy."""
         return image.expand(self.num_steps, *image.shape)
 
 
-class Rate(_Encoding):
+class Rate(Encoding):
     """See RateSpec."""
 
-    def forward(
+    def __call__(
         self, image: Float[Tensor, "B C H W"], uniform: Float[Tensor, "T B C H W"] | None = None
     ) -> Float[Tensor, "T B C H W"]:
         """Spikes of `image` in [-1, 1]; `uniform` numbers in [0, 1) fix the draw, else it is a new one."""
@@ -75,10 +91,10 @@ class Rate(_Encoding):
         return (uniform < (image + 1) / 2).to(image.dtype)
 
 
-class Latency(_Encoding):
+class Latency(Encoding):
     """See LatencySpec."""
 
-    def forward(
+    def __call__(
         self, image: Float[Tensor, "B C H W"], uniform: Float[Tensor, "T B C H W"] | None = None
     ) -> Float[Tensor, "T B C H W"]:
         """Spikes of `image` in [-1, 1]: white fires at the first step, the darkest visible at the last."""
@@ -86,3 +102,15 @@ class Latency(_Encoding):
         when = ((1 - brightness) * self.num_steps).floor().clamp(max=self.num_steps)  # black: never
         steps = torch.arange(self.num_steps, device=image.device).view(-1, 1, 1, 1, 1)
         return (steps == when).to(image.dtype)
+
+
+class Frames(Encoding):
+    """See FramesSpec."""
+
+    has_time = True
+
+    def __call__(
+        self, image: Float[Tensor, "B T C H W"], uniform: Float[Tensor, "T B C H W"] | None = None
+    ) -> Float[Tensor, "T B C H W"]:
+        """The frames, time first."""
+        return image.transpose(0, 1)

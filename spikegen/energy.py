@@ -1,7 +1,7 @@
 """What an image costs: operations a layer, firing rates, joules, as Attention-SNN counts them (arXiv 2209.13929)."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from spikegen.attention import TCJA
+from spikegen.classifier import SpikingClassifier
 from spikegen.config import Config
-from spikegen.data import to_model
+from spikegen.images import to_input
 from spikegen.kernels import Norm, choose
 from spikegen.multi_attention import MultiAttention, SpaceGate, SqueezeGate
 from spikegen.neurons import LIF
@@ -82,7 +83,7 @@ class Profile:
 
 
 @torch.no_grad()
-def measure(model: SpikingVAE, call: Callable[[], Any], images: int) -> Profile:
+def measure(model: nn.Module, call: Callable[[], Any], images: int) -> Profile:
     """Count what `call` makes the layers of `model` do; `images` is how many images it handles."""
     profile, hooks = Profile(images), []
     gates = {id(part) for m in model.modules() if isinstance(m, SqueezeGate | SpaceGate) for part in m.modules()}
@@ -209,27 +210,41 @@ def _wrap_neuron(module: LIF, cost: LayerCost, profile: Profile) -> None:
     module.__dict__.update(fire=counted_fire, fire_changed=counted_fire_changed, step=counted_step)
 
 
-def report(model: SpikingVAE, config: Config | None, images: int = 64) -> str:
-    """The text of `spikegen profile`: a table for sampling, the totals for reconstruction, and the parameters.
+def report(model: SpikingVAE | SpikingClassifier, config: Config | None, images: int = 64) -> str:
+    """The text of `spikegen profile`: a table for sampling or classification, totals, and the parameters.
 
-    Reconstruction is measured on test images where the run's config names its data, else on samples.
+    Reconstruction and classification are measured on test images where the run's config names its data; else on
+    samples, and on noise.
     """
-    engine = choose(model.config.engine, model.device, steps=model.config.num_steps)
-    sampling = measure(model, lambda: model.sample(SAMPLE_CHUNK), SAMPLE_CHUNK)
-    if config is not None:
-        batch = to_model(config.data.load("test").images[:images].to(model.device))
-    else:
-        batch = model.sample(images)
-    reconstruction = measure(model, lambda: model.reconstruct(batch), len(batch))
-    lines = [f"{'layer':<28}{'kind':<17}{'rate':>7}{'kMACs':>11}{'kACs':>11}{'nJ':>10}   an image sampled"]
-    for cost in sampling.layers.values():
-        macs, acs, energy = (v / sampling.images / 1e3 for v in (cost.macs, cost.acs, cost.picojoules))
+    passes = dict(_passes(model, config, images))
+    (what, first), *_ = passes.items()
+    head = {"sampling": "sampled", "classification": "classified"}[what]
+    lines = [f"{'layer':<28}{'kind':<17}{'rate':>7}{'kMACs':>11}{'kACs':>11}{'nJ':>10}   an image {head}"]
+    for cost in first.layers.values():
+        macs, acs, energy = (v / first.images / 1e3 for v in (cost.macs, cost.acs, cost.picojoules))
         lines.append(f"{cost.name:<28}{cost.kind:<17}{cost.rate:>7.3f}{macs:>11.1f}{acs:>11.1f}{energy:>10.1f}")
-    for name, profile in (("sampling", sampling), ("reconstruction", reconstruction)):
+    for name, profile in passes.items():
         lines.append(
             f"{name}: {profile.macs / 1e6:.3f} M MACs + {profile.acs / 1e6:.3f} M ACs = {profile.microjoules:.2f} "
             f"microjoules an image at {MAC_PICOJOULES} and {AC_PICOJOULES} pJ; "
             f"{profile.firing_rate:.3f} spikes a neuron a step"
         )
+    engine = choose(model.config.engine, model.device, steps=model.config.num_steps)
     lines.append(f"parameters: {sum(p.numel() for p in model.parameters()):,}; engine: {engine}")
     return "\n".join(lines)
+
+
+def _passes(model: SpikingVAE | SpikingClassifier, config: Config | None, images: int) -> Iterator[tuple[str, Profile]]:
+    """What the model is for, each measured."""
+    batch = None if config is None else to_input(config.data.load("test").images[:images].to(model.device))
+    if isinstance(model, SpikingVAE):
+        sample, reconstruct = model.sample, model.reconstruct
+        yield "sampling", measure(model, lambda: sample(SAMPLE_CHUNK), SAMPLE_CHUNK)
+        shown = sample(images) if batch is None else batch
+        yield "reconstruction", measure(model, lambda: reconstruct(shown), len(shown))
+        return
+    if batch is None:
+        steps = (model.config.num_steps,) if model.encoder.encoding.has_time else ()
+        batch = torch.rand(images, *steps, *model.image_shape, device=model.device)
+    classify, seen = model.classify, batch
+    yield "classification", measure(model, lambda: classify(seen), len(seen))

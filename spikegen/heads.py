@@ -1,30 +1,122 @@
 """Classifier heads: class logits from a spike train."""
 
-from typing import Literal
+import math
+from typing import Annotated, Literal
 
 from jaxtyping import Float
+from pydantic import Field
 from torch import Tensor, nn
 
-from spikegen.spec import Spec
+from spikegen.attention import Attention
+from spikegen.kernels import Engine
+from spikegen.neurons import NeuronSpec
+from spikegen.spec import Spec, default_kind
+from spikegen.stages import dense_stage
+
+Dropout = Annotated[float, Field(ge=0, lt=1)]
 
 
 class HeadSpec(Spec):
-    """A linear classifier on firing rates: of the encoder's last stage, or of the latent's bits."""
+    """A linear classifier on firing rates: of the encoder's last stage, or of the latent's bits.
 
+    `pool` takes their mean over space first (the residual networks); `dropout` is of what the classifier sees.
+    """
+
+    kind: Literal["rate"] = "rate"
     source: Literal["encoder", "latent"] = "encoder"
+    pool: bool = False
+    dropout: Dropout = 0.0
 
-    def build(self, features: int, num_classes: int) -> "RateHead":
-        """The head for `features` neurons."""
-        return RateHead(features, num_classes)
+    def build(
+        self, shape: tuple[int, ...], num_classes: int, num_steps: int, neuron: NeuronSpec, engine: Engine
+    ) -> "RateHead":
+        """The head for features of `shape`, channels first."""
+        return RateHead(shape[0] if self.pool else math.prod(shape), num_classes, self.pool, self.dropout)
+
+
+class SpikingHeadSpec(Spec):
+    """Fully connected spiking layers; the output at each step is the mean of `votes` neurons a class.
+
+    `norm`: a norm before each neuron (MA-SNN) or none (TCJA). `fire` false: the last layer gives its currents (the TET
+    networks). `attention` is of each layer. A dropped feature is dropped at every step.
+    """
+
+    kind: Literal["spiking"] = "spiking"
+    source: Literal["encoder", "latent"] = "encoder"
+    hidden: tuple[Annotated[int, Field(ge=1, le=2**20)], ...] = (512,)
+    votes: int = Field(1, ge=1, le=2**10)
+    norm: bool = False
+    dropout: Dropout = 0.0
+    fire: bool = True
+    attention: Attention | None = None
+
+    def build(
+        self, shape: tuple[int, ...], num_classes: int, num_steps: int, neuron: NeuronSpec, engine: Engine
+    ) -> "SpikingHead":
+        """The head for features of `shape`, channels first."""
+        return SpikingHead(self, math.prod(shape), num_classes, num_steps, neuron, engine)
+
+
+Head = Annotated[Annotated[HeadSpec | SpikingHeadSpec, Field(discriminator="kind")], default_kind("rate")]
 
 
 class RateHead(nn.Module):
     """Logits of each neuron's mean over time."""
 
-    def __init__(self, features: int, num_classes: int):
+    def __init__(self, features: int, num_classes: int, pool: bool = False, dropout: float = 0.0):
         super().__init__()
+        self.pool, self.dropout = pool, nn.Dropout(dropout)
         self.linear = nn.Linear(features, num_classes)
 
-    def forward(self, spikes: Float[Tensor, "T B *n"]) -> Float[Tensor, "B K"]:
-        """Class logits of a spike train."""
-        return self.linear(spikes.mean(0).flatten(1))
+    def forward(self, spikes: Float[Tensor, "T B *n"]) -> tuple[Float[Tensor, "1 B K"], list[Float[Tensor, ""]]]:
+        """The logits, which are one for all steps; and no firing rates."""
+        rate = spikes.mean(0)
+        rate = rate.flatten(2).mean(2) if self.pool and rate.dim() > 2 else rate.flatten(1)
+        return self.linear(self.dropout(rate)).unsqueeze(0), []
+
+
+class SpikingHead(nn.Module):
+    """See SpikingHeadSpec."""
+
+    def __init__(
+        self,
+        spec: SpikingHeadSpec,
+        features: int,
+        num_classes: int,
+        num_steps: int,
+        neuron: NeuronSpec,
+        engine: Engine,
+    ):
+        super().__init__()
+        self.votes, alpha = spec.votes, 1.0 if spec.norm else None
+        widths = [features, *spec.hidden]
+        self.dropout = nn.Dropout(spec.dropout)
+
+        def gate(width: int) -> nn.Module | None:
+            return spec.attention.build(num_steps, width) if spec.attention else None
+
+        last, outputs = widths[-1], num_classes * spec.votes
+        self.layers = nn.ModuleList(
+            dense_stage(i, o, neuron, engine, alpha, gate(o)) for i, o in zip(widths, spec.hidden, strict=False)
+        )
+        self.output = dense_stage(last, outputs, neuron, engine, alpha, gate(outputs)) if spec.fire else None
+        self.linear = None if spec.fire else nn.Linear(last, outputs)
+
+    def forward(self, spikes: Float[Tensor, "T B *n"]) -> tuple[Float[Tensor, "T B K"], list[Float[Tensor, ""]]]:
+        """Each step's votes, and the layers' firing rates."""
+        x, rates = spikes.flatten(2), []
+        for layer in self.layers:
+            x, rate = layer(self._dropped(x))
+            rates.append(rate)
+        x = self._dropped(x)
+        if self.output is not None:
+            x, rate = self.output(x)
+            rates.append(rate)
+        else:
+            assert self.linear is not None
+            x = self.linear(x)
+        return x.unflatten(2, (-1, self.votes)).mean(3), rates
+
+    def _dropped(self, x: Tensor) -> Tensor:
+        """One mask for all steps."""
+        return x * self.dropout(x.new_ones(x.shape[1:])) if self.training and self.dropout.p else x

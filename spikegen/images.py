@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 Split = Literal["train", "test"]
+Part = Literal["train", "validation", "test"]
+"""What a set can be asked for: validation is part of its training split."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,11 @@ def resize(images: UInt8[Tensor, "N C H W"], size: int) -> UInt8[Tensor, "N C si
 def to_model(images: UInt8[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """Pixels 0..255 as the model's float32 in [-1, 1]."""
     return images.float() / 127.5 - 1
+
+
+def to_input(images: UInt8[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """What a model takes: images [B, C, H, W] as `to_model` gives them, frames [B, T, C, H, W] as counts of events."""
+    return to_model(images) if images.dim() == 4 else images.float()
 
 
 def to_uint8(images: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.tensorboard import SummaryWriter
 
+from spikegen.classifier import SpikingClassifier
 from spikegen.config import Config, LoopConfig
-from spikegen.data import ImageSet, batch_indices, flip_mask, to_model, to_uint8
+from spikegen.data import ImageSet, batch_indices, flip_mask, to_uint8
+from spikegen.images import to_input
 from spikegen.objective import total_loss
 from spikegen.plots import save_grid
 from spikegen.progress import progress_bar
@@ -60,7 +62,7 @@ class Phase:
     """Images seen in the phases before."""
     module: nn.Module
     average: AveragedModel
-    product: SpikingVAE
+    product: SpikingVAE | SpikingClassifier
     loss: Callable[[nn.Module, Tensor, Tensor | None, float], Parts]
     """Of (the module as prepared for these processes, images, labels, progress): terms as `loss_parts` gives them."""
     evaluate: Callable[[], dict[str, float]]
@@ -156,11 +158,12 @@ class _Trainer:
         return row
 
     def evaluate(self) -> None:
-        """Log the phase's figures and draw the grid of samples; the first process alone."""
+        """Log the phase's figures and, of what generates, draw the grid of samples; the first process alone."""
         if self.session.accelerator.is_main_process:
             clock = self.phase.first + self.seen
             self._log({"images_seen": clock, **self.phase.evaluate()})
-            save_grid(to_uint8(self.phase.product.sample(64)), self.session.run.samples / f"{clock:012d}.png")
+            if isinstance(self.phase.product, SpikingVAE):
+                save_grid(to_uint8(self.phase.product.sample(64)), self.session.run.samples / f"{clock:012d}.png")
 
     def save(self) -> None:
         """A checkpoint and the model."""
@@ -196,7 +199,7 @@ def _interrupted(images_seen: int) -> Interrupted:
 
 
 def _optimizer(phase: Phase) -> torch.optim.Optimizer:
-    """AdamW; a latent's own prior may learn at another rate (ESVAE's at ten times the others')."""
+    """The chosen one; a latent's own prior may learn at another rate (ESVAE's at ten times the others')."""
     factor = getattr(phase.settings, "prior_lr", 1.0)
     own: list[nn.Parameter] = []
     if factor != 1 and isinstance(phase.module, SpikingVAE):
@@ -207,6 +210,10 @@ def _optimizer(phase: Phase) -> torch.optim.Optimizer:
         *([{"params": own, "factor": factor}] if own else []),
     ]
     settings = phase.settings
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(
+            groups, lr=settings.lr, momentum=settings.betas[0], weight_decay=settings.weight_decay, fused=True
+        )
     return torch.optim.AdamW(
         groups, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
     )
@@ -264,14 +271,14 @@ def _info(row: dict[str, Any]) -> str:
 def training_batch(
     data: ImageSet, config: Config, seen: int, batch_size: int, device: torch.device, part: slice
 ) -> tuple[Tensor, Tensor | None]:
-    """This process's part of the batch that starts after `seen` images: images in [-1, 1] and labels."""
+    """This process's part of the batch that starts after `seen` images: what the model takes, and labels."""
     seed = config.training.seed
     index = batch_indices(seed, seen, batch_size, len(data))[part]
     index = index.to(data.images.device)
-    images = to_model(data.images[index].to(device, non_blocking=True))
+    images = to_input(data.images[index].to(device, non_blocking=True))
     if config.data.flip:
         mask = flip_mask(seed, seen, batch_size)[part].to(device)
-        images = torch.where(mask.view(-1, 1, 1, 1), images.flip(-1), images)
+        images = torch.where(mask.view(-1, *[1] * (images.dim() - 1)), images.flip(-1), images)
     return images, None if data.labels is None else data.labels[index].to(device)
 
 

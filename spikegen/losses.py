@@ -96,9 +96,30 @@ def gaussian_kl(posterior: GaussianPosterior) -> Float[Tensor, ""]:
     return 0.5 * (mean.square() + log_var.exp() - 1 - log_var).sum(-1).mean()
 
 
-def classification(logits: Float[Tensor, "B K"], label: Int64[Tensor, " B"]) -> Float[Tensor, ""]:
-    """Cross-entropy of the head's logits of firing rates."""
-    return F.cross_entropy(logits.float(), label)
+def classification(
+    logits: Float[Tensor, "B K"], target: Int64[Tensor, " B"] | Float[Tensor, "B K"], smoothing: float = 0.0
+) -> Float[Tensor, ""]:
+    """Cross-entropy of logits of firing rates; `target` is labels, or probabilities."""
+    return F.cross_entropy(logits.float(), target, label_smoothing=smoothing)
+
+
+def smse(outputs: Float[Tensor, "T B K"], target: Float[Tensor, "B K"]) -> Float[Tensor, ""]:
+    """Spike mean squared error 1/T sum_t 1/K sum_i (s[t,i] - g[i])^2, the mean over the batch (arXiv 2206.10177)."""
+    return (outputs.float() - target).square().mean()
+
+
+def tet(
+    outputs: Float[Tensor, "T B K"],
+    target: Int64[Tensor, " B"] | Float[Tensor, "B K"],
+    weight: float,
+    mean: float,
+    smoothing: float = 0.0,
+) -> Float[Tensor, ""]:
+    """Temporal efficient training: (1 - weight) of the mean over the steps of each step's cross-entropy, and `weight`
+    of the mean squared distance of the outputs to `mean`, which holds back outliers (arXiv 2202.11946)."""
+    outputs = outputs.float()
+    each = torch.stack([classification(step, target, smoothing) for step in outputs]).mean()
+    return (1 - weight) * each + weight * (outputs - mean).square().mean()
 
 
 def firing_rate(rates: Float[Tensor, " S"], target: float) -> Float[Tensor, ""]:

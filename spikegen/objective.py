@@ -5,7 +5,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from spikegen import losses
-from spikegen.config import LossesConfig
+from spikegen.classifier import ClassifierOutput
+from spikegen.config import ClassifierLosses, LossesConfig
 from spikegen.extractors import SmallCNN
 from spikegen.latents import GaussianPosterior, Posterior
 from spikegen.vae import VAEOutput
@@ -40,6 +41,25 @@ def loss_parts(
         entropy = losses.classification(output.logits, label)
         parts |= {"loss/classification": spec.classification * entropy, "classification": entropy}
         parts["accuracy"] = (output.logits.argmax(1) == label).float().mean()
+    parts["firing_rate"] = output.firing_rate.mean()
+    if spec.firing_rate:
+        excess = losses.firing_rate(output.firing_rate, spec.firing_rate_target)
+        parts["loss/firing_rate"] = spec.firing_rate * excess
+    return parts
+
+
+def classifier_parts(
+    output: ClassifierOutput, target: Float[Tensor, "B K"], spec: ClassifierLosses
+) -> dict[str, Tensor]:
+    """The terms of a classifier's loss, named as `loss_parts` names them; `target` are class probabilities."""
+    if spec.kind == "smse":
+        loss = losses.smse(output.outputs, target)
+    elif spec.kind == "tet":
+        loss = losses.tet(output.outputs, target, spec.tet_weight, spec.tet_mean, spec.smoothing)
+    else:
+        loss = losses.classification(output.logits, target, spec.smoothing)
+    parts = {"loss/classification": loss, "classification": loss}
+    parts["accuracy"] = (output.logits.argmax(1) == target.argmax(1)).float().mean()
     parts["firing_rate"] = output.firing_rate.mean()
     if spec.firing_rate:
         excess = losses.firing_rate(output.firing_rate, spec.firing_rate_target)

@@ -5,13 +5,16 @@ from typing import cast
 import torch
 from accelerate.utils import broadcast
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from spikegen.config import Config, PriorConfig, RefinementConfig
+from spikegen.classifier import SpikingClassifier
+from spikegen.config import ClassifierLosses, Config, LossesConfig, PriorConfig, RefinementConfig
 from spikegen.data import ImageSet, to_model
 from spikegen.extractors import CNN_SIZES, SmallCNN, load_cnn
+from spikegen.grading import predict
 from spikegen.loop import Parts, Phase, Session, State, average_of, leave_if_stopped
 from spikegen.metrics import accuracy, reconstruction_mse
-from spikegen.objective import loss_parts
+from spikegen.objective import classifier_parts, loss_parts
 from spikegen.prior import MaskedPrior
 from spikegen.progress import progress_bar
 from spikegen.refining import Game
@@ -26,6 +29,8 @@ MIXTURE_BITS = 2**28
 def autoencoder_phase(session: Session, model: SpikingVAE) -> Phase:
     """Everything but a learnt prior."""
     config = session.config
+    spec = config.training.losses
+    assert isinstance(spec, LossesConfig)
     average = average_of(model, config.training.ema)
     averaged = cast(SpikingVAE, average.module)
     judge = load_judge(config, session.accelerator.device)
@@ -33,7 +38,7 @@ def autoencoder_phase(session: Session, model: SpikingVAE) -> Phase:
     def loss(wrapped: nn.Module, image: Tensor, label: Tensor | None, progress: float) -> Parts:
         output = wrapped(image, label, progress=progress)
         with torch.autocast(image.device.type, enabled=False):
-            return loss_parts(output, image, label, config.training.losses, judge)
+            return loss_parts(output, image, label, spec, judge)
 
     return Phase(
         0, config.training, len(session.train_set), 0, model, average, averaged, loss,
@@ -41,9 +46,38 @@ def autoencoder_phase(session: Session, model: SpikingVAE) -> Phase:
     )  # fmt: skip
 
 
+def classifier_phase(session: Session, model: SpikingClassifier) -> Phase:
+    """The whole of a classifier's training; its evaluation is on the validation split."""
+    settings = session.config.training
+    spec = settings.losses
+    assert isinstance(spec, ClassifierLosses)
+    average = average_of(model, settings.ema)
+    averaged = cast(SpikingClassifier, average.module)
+
+    def loss(wrapped: nn.Module, image: Tensor, label: Tensor | None, progress: float) -> Parts:
+        assert label is not None
+        target = F.one_hot(label, len(model.classes)).float()
+        output = wrapped(image)
+        with torch.autocast(image.device.type, enabled=False):
+            return classifier_parts(output, target, spec)
+
+    def evaluate() -> dict[str, float]:
+        held_out = session.test_set
+        count = min(settings.evaluate, len(held_out))
+        if not count or held_out.labels is None:
+            return {}
+        with torch.autocast(averaged.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+            logits = predict(averaged.eval(), held_out.images[:count])
+        right = (logits.argmax(1) == held_out.labels[:count]).double().mean()
+        return {"validation_accuracy": right.item()}
+
+    return Phase(0, settings, len(session.train_set), 0, model, average, averaged, loss, evaluate)
+
+
 def load_judge(config: Config, device: torch.device) -> SmallCNN | None:
     """The network of the perceptual loss; UserError where the data has none."""
-    if not config.training.losses.perceptual:
+    losses = config.training.losses
+    if not isinstance(losses, LossesConfig) or not losses.perceptual:
         return None
     name = config.data.name
     if name not in CNN_SIZES:

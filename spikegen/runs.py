@@ -9,13 +9,15 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
+from spikegen.classifier import SpikingClassifier
 from spikegen.config import Config, dump_config, load_config
 from spikegen.data import to_model, to_uint8
 from spikegen.losses import reconstruction
 from spikegen.memory import keep_freed_memory
-from spikegen.spec import UserError, parse
+from spikegen.saving import CONFIG, find_model
+from spikegen.spec import UserError
 from spikegen.storage import read_json, replacing, require_writable, user_mistakes, write_text
-from spikegen.vae import SavedModel, SpikingVAE
+from spikegen.vae import SpikingVAE
 
 
 class Run:
@@ -122,23 +124,42 @@ def scores_path(source: str) -> Path:
     return run.scores_file if run.config_file.is_file() else Path(run.scores_file.name)
 
 
-def open_run(source: str | Path, device: str = "auto") -> tuple[SpikingVAE, Config | None]:
+def load_model(source: str | Path, device: str = "cpu") -> SpikingVAE | SpikingClassifier:
+    """The autoencoder or the classifier in a saved model folder or a hub repository, in evaluation mode."""
+    folder = find_model(source)
+    described = read_json(folder / CONFIG)
+    model = described.get("model") if isinstance(described, dict) else None
+    if isinstance(model, dict) and model.get("kind") == "classifier":
+        return SpikingClassifier.from_pretrained(folder, device=device)
+    return SpikingVAE.from_pretrained(folder, device=device)
+
+
+def open_run(source: str | Path, device: str = "auto") -> tuple[SpikingVAE | SpikingClassifier, Config | None]:
     """The model of a run folder, a saved model folder or a hub id, and the config where there is one."""
     run, device = Run(source), pick_device(device)
     if not run.config_file.is_file():
-        return SpikingVAE.from_pretrained(source, device=device), None
+        return load_model(source, device), None
     config = run.config()
-    saved = run.model / "config.json"
+    saved = run.model / CONFIG
     if not saved.is_file():
         raise UserError(
             f"{run.path} has no model yet; go on with: spikegen train {run.config_file} --out {run.path} --resume"
         )
-    steps = parse(SavedModel, read_json(saved), str(saved)).model.num_steps
-    if steps != config.model.num_steps:
+    model = load_model(run.model, device)
+    if model.config.num_steps != config.model.num_steps:
         raise UserError(
-            f"{run.config_file} has model.num_steps {config.model.num_steps}, but {saved} was trained with {steps}"
+            f"{run.config_file} has model.num_steps {config.model.num_steps}, but {saved} was trained with "
+            f"{model.config.num_steps}"
         )
-    return SpikingVAE.from_pretrained(run.model, device=device), config
+    return model, config
+
+
+def open_vae(source: str | Path, device: str = "auto") -> tuple[SpikingVAE, Config | None]:
+    """What `open_run` gives; UserError for a classifier, which has no images to give."""
+    model, config = open_run(source, device)
+    if not isinstance(model, SpikingVAE):
+        raise UserError(f"{source} is a classifier: it makes no images; use spikegen score, profile or plot")
+    return model, config
 
 
 def reconstruct_test(

@@ -35,7 +35,7 @@ from spikegen.metrics import (
 )
 from spikegen.protocols import PROTOCOLS, Protocol
 from spikegen.references import BATCH, Batches, Reference, floor_images, image_shape, load_reference, read_folder
-from spikegen.runs import open_run, pick_device
+from spikegen.runs import open_vae, pick_device
 from spikegen.sampling import Sampling, generate
 from spikegen.spec import UserError, suggest
 from spikegen.vae import SpikingVAE
@@ -112,7 +112,7 @@ def score(
         if sampling != Sampling():
             raise UserError(f"{source} is a folder of images, which nothing draws: omit {sampling.options()}")
         return _score_folder(given, reference, metrics, num, extractor, device, fixed, statistics)
-    model, config = open_run(source, device)
+    model, config = open_vae(source, device)
     sampling.set(model)
     if reference is None and config is None:
         raise UserError(f"{source} names no data: give --reference, a data set's name or a folder")

@@ -27,13 +27,33 @@ def fold_time(layer: Callable[[Tensor], Tensor], x: Float[Tensor, "T B *n"]) -> 
     return layer(x.flatten(0, 1)).unflatten(0, x.shape[:2])
 
 
+class PoolSpec(Spec):
+    """Pooling of size x size places: of the spikes, after the attention (the TCJA networks), or of the currents,
+    between norm and neuron (the MA-SNN ones). Averaged spikes are no longer binary."""
+
+    kind: Literal["max", "avg"] = "max"
+    size: int = Field(2, ge=2, le=64)
+    of: Literal["spikes", "currents"] = "spikes"
+
+    def build(self) -> nn.Module:
+        """The layer, for [N, C, H, W]."""
+        return nn.MaxPool2d(self.size) if self.kind == "max" else nn.AvgPool2d(self.size)
+
+
 class StageSpec(Spec):
     """One level of the encoder, and its mirror in the decoder; what is null or `inherit` is the model's."""
 
+    kind: Literal["conv"] = "conv"
     channels: int = Field(ge=1, le=2**16)
     stride: Literal[1, 2] = 2
+    pool: PoolSpec | None = None
     neuron: Neuron | None = None
     attention: Attention | Literal["inherit"] | None = "inherit"
+
+    @property
+    def reduction(self) -> int:
+        """By how much it divides height and width."""
+        return self.stride * (self.pool.size if self.pool else 1)
 
 
 class ThresholdNorm(nn.Module):
@@ -88,7 +108,7 @@ class Stage(nn.Module):
     """layer -> norm -> neuron -> attention; see `down_stage`, `up_stage` and `dense_stage` for the layers."""
 
     layer: Layer
-    bias: Tensor
+    bias: Tensor | None
 
     def __init__(
         self,
@@ -97,18 +117,23 @@ class Stage(nn.Module):
         neuron: NeuronSpec,
         engine: Engine,
         attention: nn.Module | None,
-        alpha: float,
+        alpha: float | None,
+        pool: PoolSpec | None = None,
     ):
+        """`alpha` None leaves the norm out."""
         super().__init__()
         neuron.check_channels(channels)
-        # The layer's bias joins the norm, which takes it away in training: added there it costs nothing.
-        assert layer.bias is not None
-        self.bias = layer.bias
-        self.layer = layer
-        layer.register_parameter("bias", None)
-        self.norm = ThresholdNorm(channels, alpha * neuron.mean_threshold)
+        self.layer, self.bias = layer, None
+        self.norm: ThresholdNorm | None = None
+        if alpha is not None:
+            # The layer's bias joins the norm, which takes it away in training: added there it costs nothing.
+            self.bias = layer.bias
+            layer.register_parameter("bias", None)
+            self.norm = ThresholdNorm(channels, alpha * neuron.mean_threshold)
         self.neuron = neuron.build(engine)
         self.attention = attention
+        self.pool = pool.build() if pool else None
+        self.pools_currents = pool is not None and pool.of == "currents"
 
     def forward(self, x: Float[Tensor, "T B *n"]) -> tuple[Float[Tensor, "T B *m"], Float[Tensor, ""]]:
         """The stage's spikes (gated where there is attention) and its firing rate, spikes a neuron a step."""
@@ -116,33 +141,37 @@ class Stage(nn.Module):
 
     def fire(
         self, current: Float[Tensor, "t B *m"], steps: int, direct: Float[Tensor, "T B *m"] | None = None
-    ) -> tuple[Float[Tensor, "T B *m"], Float[Tensor, ""]]:
+    ) -> tuple[Float[Tensor, "T B *o"], Float[Tensor, ""]]:
         """Spikes of what the layer gave for each of `steps`, or once for all of them, and their rate.
 
         `direct` is added after the norm.
         """
-        norm: Norm | None = self.norm.of(current, self.bias)
+        norm = None if self.norm is None else self.norm.of(current, self.bias)
         dtype = current.dtype
-        if isinstance(self.attention, MultiAttention):
-            assert norm is not None
-            current = norm.apply(current) if direct is None else norm.apply(current) + direct
-            return self._fire_attended(current.expand(steps, *current.shape[1:]), self.attention, dtype)
+        gates_currents = isinstance(self.attention, MultiAttention)
+        if norm is not None and (direct is not None or self.pools_currents or gates_currents):
+            current, norm = norm.apply(current), None
         if direct is not None:
-            assert norm is not None
-            current, norm = norm.apply(current) + direct, None
-        spikes, rate = self.neuron.fire(current, norm, steps)
+            current = current + direct
+        if self.pool is not None and self.pools_currents:
+            current = fold_time(self.pool, current)
+        if isinstance(self.attention, MultiAttention):
+            spikes, rate = self._fire_attended(current.expand(steps, *current.shape[1:]), self.attention)
+        else:
+            spikes, rate = self.neuron.fire(current, norm, steps)
         spikes = spikes.to(dtype)
-        return (spikes if self.attention is None else self.attention(spikes, rate)), rate.mean()
+        if self.attention is not None and not gates_currents:
+            spikes = self.attention(spikes, rate)
+        if self.pool is not None and not self.pools_currents:
+            spikes = fold_time(self.pool, spikes)
+        return spikes, rate.mean()
 
-    def _fire_attended(
-        self, current: Tensor, attention: MultiAttention, dtype: torch.dtype
-    ) -> tuple[Tensor, Float[Tensor, ""]]:
+    def _fire_attended(self, current: Tensor, attention: MultiAttention) -> tuple[Tensor, Tensor]:
         current = attention(current)
         if attention.in_scan:
             spikes = self.neuron.fire_changed(current, attention.gate_membrane)
-            return spikes.to(dtype), spikes.float().mean()
-        spikes, rate = self.neuron.fire(current, None, len(current))
-        return spikes.to(dtype), rate.mean()
+            return spikes, spikes.float()
+        return self.neuron.fire(current, None, len(current))
 
 
 class Stepper:
@@ -155,7 +184,7 @@ class Stepper:
         self.stages = [cast(Stage, s) for s in stages]
         self.mems: list[Tensor | None] = [None] * len(self.stages)
         with torch.no_grad():
-            self.affines = [stage.norm.running(stage.bias).affine() for stage in self.stages]
+            self.affines = [cast(ThresholdNorm, s.norm).running(s.bias).affine() for s in self.stages]
         # autocast casts weights anew at every call where no gradient is taken
         self.casts = [_autocast_copy(stage.layer) for stage in self.stages]
 
@@ -183,15 +212,24 @@ def _autocast_copy(layer: Layer) -> Callable[[Tensor], Tensor]:
     return lambda x: F.linear(x, cast)
 
 
-def down_stage(spec: StageSpec, inputs: int, neuron: NeuronSpec, engine: Engine, attention: nn.Module | None) -> Stage:
-    """Convolution 3x3, which halves height and width where the stride is 2."""
+def down_stage(
+    spec: StageSpec,
+    inputs: int,
+    neuron: NeuronSpec,
+    engine: Engine,
+    attention: nn.Module | None,
+    alpha: float = 1.0,
+) -> Stage:
+    """Convolution 3x3, which halves height and width where the stride is 2, as its pooling may."""
     layer = nn.Conv2d(inputs, spec.channels, 3, stride=spec.stride, padding=1)
-    return Stage(layer, spec.channels, neuron, engine, attention, alpha=1.0)
+    return Stage(layer, spec.channels, neuron, engine, attention, alpha, spec.pool)
 
 
-def up_stage(spec: StageSpec, outputs: int, neuron: NeuronSpec, engine: Engine, attention: nn.Module | None) -> Stage:
-    """The mirror of `down_stage`: transposed convolution 3x3 from the spec's channels to `outputs`."""
-    layer = nn.ConvTranspose2d(spec.channels, outputs, 3, stride=spec.stride, padding=1, output_padding=spec.stride - 1)
+def up_stage(
+    channels: int, stride: int, outputs: int, neuron: NeuronSpec, engine: Engine, attention: nn.Module | None
+) -> Stage:
+    """The mirror of a stage of `channels` that divides by `stride`, 1 or 2: transposed convolution 3x3 to `outputs`."""
+    layer = nn.ConvTranspose2d(channels, outputs, 3, stride=stride, padding=1, output_padding=stride - 1)
     return Stage(layer, outputs, neuron, engine, attention, alpha=1.0)
 
 
@@ -207,6 +245,13 @@ def point_stage(inputs: int, outputs: int, neuron: NeuronSpec, engine: Engine) -
     return Stage(nn.Conv2d(inputs, outputs, 1), outputs, neuron, engine, None, alpha=1.0)
 
 
-def dense_stage(inputs: int, outputs: int, neuron: NeuronSpec, engine: Engine, alpha: float = 1.0) -> Stage:
-    """A fully connected stage on [T, B, D]."""
-    return Stage(nn.Linear(inputs, outputs), outputs, neuron, engine, None, alpha)
+def dense_stage(
+    inputs: int,
+    outputs: int,
+    neuron: NeuronSpec,
+    engine: Engine,
+    alpha: float | None = 1.0,
+    attention: nn.Module | None = None,
+) -> Stage:
+    """A fully connected stage on [T, B, D]; `alpha` None leaves the norm out."""
+    return Stage(nn.Linear(inputs, outputs), outputs, neuron, engine, attention, alpha)

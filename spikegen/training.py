@@ -3,21 +3,23 @@
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
 from torch.utils.tensorboard import SummaryWriter
 
+from spikegen.classifier import SpikingClassifier, load_encoder
 from spikegen.config import Config
 from spikegen.data import ImageSet
+from spikegen.images import Part
 from spikegen.kernels import choose
 from spikegen.loop import Session, State, foreign_checkpoint, leave_if_stopped, run_phase
-from spikegen.phases import autoencoder_phase, load_judge, prior_phase, refining_phase
-from spikegen.runs import Run, pick_device
+from spikegen.phases import autoencoder_phase, classifier_phase, load_judge, prior_phase, refining_phase
+from spikegen.runs import Run, open_run, pick_device
 from spikegen.spec import UserError
 from spikegen.stopping import stop_signals
-from spikegen.vae import SpikingVAE
+from spikegen.vae import ModelConfig, SpikingVAE
 
 LATER_PHASES = ("prior", "refinement")
 """Sections of a config that a finished run may be given."""
@@ -50,7 +52,8 @@ def train(config: Config, out: str | Path, *, resume: bool = False, device: str 
     elif accelerator.is_main_process:
         run.require_new()
     with accelerator.main_process_first():  # the others then find what it downloaded and decoded
-        train_set, test_set = config.data.load("train"), config.data.load("test")
+        held_out: Part = "test" if isinstance(config.model, ModelConfig) else "validation"
+        train_set, test_set = config.data.load("train"), config.data.load(held_out)
     if accelerator.device.type == "cuda" and train_set.images.nbytes <= DEVICE_LIMIT:
         train_set = _move(train_set, accelerator.device)
     state: State | None = run.load_checkpoint(accelerator.device) if resume else None
@@ -67,8 +70,14 @@ def train(config: Config, out: str | Path, *, resume: bool = False, device: str 
     with writer or nullcontext(), stop_signals() as stop:
         session = Session(run, config, accelerator, train_set, test_set, engine, writer, stop)
         torch.manual_seed(settings.seed)
-        model = build_model(config, train_set.classes).to(accelerator.device)
-        _run_phases(session, model, state, number)
+        model = build_model(config, train_set.classes)
+        if settings.encoder is not None and state is None:
+            load_encoder(model, open_run(settings.encoder, "cpu")[0], settings.encoder)
+        model = model.to(accelerator.device)
+        if isinstance(model, SpikingVAE):
+            _run_phases(session, model, state, number)
+        else:
+            run_phase(session, classifier_phase(session, model), state)
     return run.path
 
 
@@ -81,24 +90,28 @@ def _run_phases(session: Session, model: SpikingVAE, state: State | None, number
     if config.prior is not None:
         leave_if_stopped(session, phase.last)
         torch.manual_seed(config.training.seed + 1)
+        vae = cast(SpikingVAE, phase.product)
         if number == 1:
-            _load_frozen(phase.product, state, session.run)
-        phase = prior_phase(session, phase.product, config.prior, phase.last, fresh=number == 0)
+            _load_frozen(vae, state, session.run)
+        phase = prior_phase(session, vae, config.prior, phase.last, fresh=number == 0)
         if number <= 1:
             run_phase(session, phase, state if number == 1 else None)
     if config.refinement is not None:
         leave_if_stopped(session, phase.last)
         torch.manual_seed(config.training.seed + 2)
+        vae = cast(SpikingVAE, phase.product)
         if number == 2:
-            _load_frozen(phase.product, state, session.run)
+            _load_frozen(vae, state, session.run)
         own = state if number == 2 else None
-        run_phase(session, refining_phase(session, phase.product, config.refinement, phase.last, own), own)
+        run_phase(session, refining_phase(session, vae, config.refinement, phase.last, own), own)
 
 
-def build_model(config: Config, classes: tuple[str, ...]) -> SpikingVAE:
+def build_model(config: Config, classes: tuple[str, ...]) -> SpikingVAE | SpikingClassifier:
     """The model for the config's images, without a learnt prior; `classes` name the labels, where there are any."""
-    size = config.data.image_size
-    return SpikingVAE(config.model, (config.data.image_channels(), size, size), classes)
+    shape = (config.data.image_channels(), config.data.image_size, config.data.image_size)
+    if isinstance(config.model, ModelConfig):
+        return SpikingVAE(config.model, shape, classes)
+    return SpikingClassifier(config.model, shape, classes)
 
 
 def dry_run(config: Config) -> str:
@@ -106,10 +119,11 @@ def dry_run(config: Config) -> str:
     load_judge(config, torch.device("cpu"))
     with torch.device("meta"):
         model = build_model(config, config.data.class_names())
-        if config.prior is not None:
+        if config.prior is not None and isinstance(model, SpikingVAE):
             model.add_prior(config.prior.network)
     count = sum(p.numel() for p in model.parameters())
-    prior = f" ({sum(p.numel() for p in model.prior.parameters()):,} in the prior)" if model.prior else ""
+    learnt = model.prior if isinstance(model, SpikingVAE) else None
+    prior = f" ({sum(p.numel() for p in learnt.parameters()):,} in the prior)" if learnt else ""
     return f"{count:,} parameters{prior}; images {model.image_shape}; {len(model.classes)} classes"
 
 

@@ -4,28 +4,30 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
 from jaxtyping import Float, Int64
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from spikegen.attention import Attention
 from spikegen.draws import uniform_per_image
-from spikegen.encoding import DirectSpec, Encoding
+from spikegen.encoder import Encoder, EncoderStage, EncoderStageSpec, check_stages, reduction
+from spikegen.encoding import DirectSpec, EncodingSpec
 from spikegen.graphs import Call, recorded
-from spikegen.heads import HeadSpec
+from spikegen.heads import Head, HeadSpec
 from spikegen.kernels import Engine
 from spikegen.latents import BernoulliSpec, GaussianPosterior, Latent, Posterior, Prior
 from spikegen.neurons import LIFSpec, Neuron
 from spikegen.prior import MaskedPrior, MaskedSpec
 from spikegen.readouts import MembraneSpec, Readout
+from spikegen.residual import StemSpec
 from spikegen.saving import CONFIG, WEIGHTS, find_model, load_weights, save_model
 from spikegen.spec import Spec, UserError, parse
-from spikegen.stages import Stage, StageSpec, down_stage, up_stage
+from spikegen.stages import StageSpec, up_stage
 from spikegen.storage import read_json
 
 SAMPLE_CHUNK = 64
@@ -39,9 +41,10 @@ REDRAW_GROUP = 16
 class ModelConfig(Spec):
     """What the network is; image size, channels and classes come from the data."""
 
+    kind: Literal["vae"] = "vae"
     num_steps: int = Field(4, ge=1, le=256)
-    encoding: Encoding = DirectSpec()
-    stages: tuple[StageSpec, ...] = Field(
+    encoding: EncodingSpec = DirectSpec()
+    stages: tuple[EncoderStage, ...] = Field(
         (StageSpec(channels=32), StageSpec(channels=64), StageSpec(channels=128)), min_length=1
     )
     neuron: Neuron = LIFSpec()
@@ -49,17 +52,27 @@ class ModelConfig(Spec):
     attention_in: Literal["both", "encoder", "decoder"] = "both"
     latent: Latent = BernoulliSpec()
     readout: Readout = MembraneSpec()
-    head: HeadSpec | None = HeadSpec()
+    head: Head | None = HeadSpec()
     conditional: bool = False
     engine: Engine = "auto"
 
     @property
     def reduction(self) -> int:
         """By how much the stages divide height and width."""
-        factor = 1
-        for stage in self.stages:
-            factor *= stage.stride
-        return factor
+        return reduction(self.stages)
+
+    @model_validator(mode="after")
+    def _mirrored(self) -> "ModelConfig":
+        check_stages(self.stages)
+        for k, stage in enumerate(self.stages):
+            if stage.reduction > 2:
+                raise ValueError(
+                    f"stages.{k} divides height and width by {stage.reduction}; a stage of an autoencoder, which its "
+                    "decoder mirrors, divides by 2 at most"
+                )
+        if self.encoding.kind == "frames":
+            raise ValueError("encoding.kind frames is of event data, which an autoencoder does not take; use direct")
+        return self
 
 
 class SavedModel(Spec):
@@ -105,34 +118,26 @@ class SpikingVAE(nn.Module, PyTorchModelHubMixin):
         self.prior: MaskedPrior | None = None
         neuron, engine, steps = model.neuron, model.engine, model.num_steps
 
-        def attention(spec: StageSpec, part: str, width: int) -> nn.Module | None:
-            chosen = model.attention if spec.attention == "inherit" else spec.attention
-            return chosen.build(steps, width) if chosen and model.attention_in in ("both", part) else None
-
         # ---- encoder
-        self.encoding = model.encoding.build(steps)
-        widths = [channels, *(s.channels for s in model.stages)]
-        self.encoder = nn.ModuleList(
-            down_stage(s, w, s.neuron or neuron, engine, attention(s, "encoder", s.channels))
-            for s, w in zip(model.stages, widths, strict=False)
-        )
+        inherited = model.attention if model.attention_in in ("both", "encoder") else None
+        stages = [_unattended(s) for s in model.stages] if model.attention_in == "decoder" else model.stages
+        self.encoder = Encoder(stages, image_shape, steps, model.encoding, neuron, engine, inherited)
         # ---- latent
-        self.feature_shape = (widths[-1], height // model.reduction, width // model.reduction)
-        features = widths[-1] * self.feature_shape[1] * self.feature_shape[2]
+        self.feature_shape = self.encoder.shape
         labels = len(classes) if model.conditional else 0
         self.latent = model.latent.build(self.feature_shape, steps, neuron, engine, labels)
         # ---- decoder: from the latent's bits back to the features, then the stages in reverse
         self.expand = self.latent.expand_stage(self.feature_shape, neuron, engine)
-        outputs = [widths[1], *widths[1:-1]]
+        widths = [s.channels for s in model.stages]
         self.decoder = nn.ModuleList(
-            up_stage(s, w, s.neuron or neuron, engine, attention(s, "decoder", w))
-            for s, w in reversed(list(zip(model.stages, outputs, strict=True)))
+            self._mirror(s, w) for s, w in reversed(list(zip(model.stages, [widths[0], *widths[:-1]], strict=True)))
         )
-        self.readout = model.readout.build(widths[1], channels, steps)
+        self.readout = model.readout.build(widths[0], channels, steps)
         # ---- classifier head
-        with_head = model.head is not None and bool(classes)
-        size = features if model.head and model.head.source == "encoder" else self.latent.size
-        self.head = model.head.build(size, len(classes)) if model.head and with_head else None
+        self.head: nn.Module | None = None
+        if model.head is not None and classes:
+            shape = self.feature_shape if model.head.source == "encoder" else self.latent.shape
+            self.head = model.head.build(shape, len(classes), steps, neuron, engine)
         # Convolutions then give currents whose channels are neighbours: what the fused scan and TCJA read fastest.
         self.to(memory_format=torch.channels_last)
 
@@ -237,23 +242,26 @@ class SpikingVAE(nn.Module, PyTorchModelHubMixin):
 
     # ---- parts of the above -------------------------------------------------------------------------------------
 
+    def _mirror(self, spec: EncoderStageSpec, outputs: int) -> nn.Module:
+        """The decoder's stage for one of the encoder's."""
+        model = self.config
+        own: Attention | None = None
+        neuron = model.neuron
+        if not isinstance(spec, StemSpec):
+            own = model.attention if spec.attention == "inherit" else spec.attention
+            neuron = spec.neuron or neuron
+        gate = own.build(model.num_steps, outputs) if own and model.attention_in in ("both", "decoder") else None
+        return up_stage(spec.channels, spec.reduction, outputs, neuron, model.engine, gate)
+
     def _features(self, image: Tensor, seed: int, first_image: int) -> tuple[Tensor, list[Tensor]]:
         """The encoder's last spikes [T, B, C, H, W] and every stage's firing rate."""
-        self._check_image(image)
-        first, *rest = self.encoder
-        assert isinstance(first, Stage)
-        if self.encoding.static:
-            # The same current at every step: convolve and normalise once, not T times.
-            x, rate = first.fire(first.layer(image).unsqueeze(0), self.config.num_steps)
-        else:
+        self.encoder.check(image)
+        uniform = None
+        if not self.encoder.encoding.static and not self.training:
             shape = (self.config.num_steps, *self.image_shape)
-            draws = None if self.training else uniform_per_image(~seed, first_image, len(image), shape, image.device)
-            x, rate = first(self.encoding(image, draws))
-        rates = [rate]
-        for stage in rest:
-            x, rate = stage(x)
-            rates.append(rate)
-        return x, rates
+            uniform = uniform_per_image(~seed, first_image, len(image), shape, image.device)
+        found: tuple[Tensor, list[Tensor]] = self.encoder(image, uniform)
+        return found
 
     def _decode(self, spikes: Tensor) -> tuple[Tensor, list[Tensor]]:
         x, _ = self.expand(spikes.unflatten(2, self.latent.shape))
@@ -267,7 +275,8 @@ class SpikingVAE(nn.Module, PyTorchModelHubMixin):
     def _classify(self, features: Tensor, bits: Tensor) -> Tensor | None:
         if self.head is None or self.config.head is None:
             return None
-        return self.head(features if self.config.head.source == "encoder" else bits)
+        outputs, _ = self.head(features if self.config.head.source == "encoder" else bits)
+        return cast(Tensor, outputs).mean(0)
 
     def _noise(self, image: Tensor, seed: int, first: int) -> Tensor:
         steps, *rest = self.latent.noise_shape(self.config.num_steps)
@@ -322,10 +331,6 @@ class SpikingVAE(nn.Module, PyTorchModelHubMixin):
         if not 0 <= label < len(self.classes):
             raise UserError(f"label {label} is out of range: 0 to {len(self.classes) - 1} ({', '.join(self.classes)})")
 
-    def _check_image(self, image: Tensor) -> None:
-        if tuple(image.shape[1:]) != tuple(self.image_shape):
-            raise UserError(f"the model takes images of {self.image_shape}; got {tuple(image.shape[1:])}")
-
     # ---- saving and loading -------------------------------------------------------------------------------------
 
     def _save_pretrained(self, save_directory: Path) -> None:
@@ -353,3 +358,7 @@ class SpikingVAE(nn.Module, PyTorchModelHubMixin):
             model.add_prior(saved.prior)
         load_weights(model, folder / WEIGHTS, folder / CONFIG)
         return model.to(device).eval()
+
+
+def _unattended(spec: EncoderStageSpec) -> EncoderStageSpec:
+    return spec if isinstance(spec, StemSpec) else spec.model_copy(update={"attention": None})

@@ -4,7 +4,7 @@ import pytest
 import torch
 from pydantic import TypeAdapter
 
-from spikegen.encoding import DirectSpec, Encoding, LatencySpec, RateSpec
+from spikegen.encoding import DirectSpec, EncodingSpec, LatencySpec, RateSpec
 
 
 def images(*shape, seed=0):
@@ -58,7 +58,7 @@ def test_latency_is_one_spike_a_pixel_and_earlier_for_brighter(steps):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("spec", [DirectSpec(), RateSpec(), LatencySpec()], ids=lambda s: s.kind)
 def test_shape_dtype_and_the_name(spec, dtype):
-    assert TypeAdapter(Encoding).validate_python({"kind": spec.kind}) == spec
+    assert TypeAdapter(EncodingSpec).validate_python({"kind": spec.kind}) == spec
     module = spec.build(3)
     out = module(images(2, 3, 4, 6).to(dtype))
     assert (out.shape, out.dtype) == ((3, 2, 3, 4, 6), dtype)

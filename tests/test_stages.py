@@ -32,8 +32,8 @@ def stages(attention=None):
     return {
         "down": (down_stage(StageSpec(channels=4), 3, NEURON, "auto", attention), (3, 8, 6)),
         "down1": (down_stage(StageSpec(channels=4, stride=1), 3, NEURON, "auto", attention), (3, 8, 6)),
-        "up": (up_stage(StageSpec(channels=3), 4, NEURON, "auto", attention), (3, 4, 3)),
-        "up1": (up_stage(StageSpec(channels=3, stride=1), 4, NEURON, "auto", attention), (3, 4, 3)),
+        "up": (up_stage(3, 2, 4, NEURON, "auto", attention), (3, 4, 3)),
+        "up1": (up_stage(3, 1, 4, NEURON, "auto", attention), (3, 4, 3)),
         "dense": (dense_stage(3, 4, NEURON, "auto"), (3,)),
     }
 
@@ -117,7 +117,10 @@ def test_the_norm_scales_to_alpha_times_the_threshold(alpha, threshold):
 @pytest.mark.parametrize("size", [(8, 8), (4, 6), (2, 10)])
 def test_up_mirrors_down(stride, size):
     spec = StageSpec(channels=5, stride=stride)
-    down, up = down_stage(spec, 3, NEURON, "auto", None), up_stage(spec, 3, NEURON, "auto", None)
+    down, up = (
+        down_stage(spec, 3, NEURON, "auto", None),
+        up_stage(spec.channels, spec.reduction, 3, NEURON, "auto", None),
+    )
     x = torch.rand(2, 2, 3, *size)
     low, _ = down(x)
     assert low.shape == (2, 2, 5, size[0] // stride, size[1] // stride)

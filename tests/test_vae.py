@@ -184,7 +184,7 @@ def test_the_first_convolution_once_is_that_of_the_repeated_image(training, atte
     model, x = build(attention=attention).double().train(training), images().double()
     twin = copy.deepcopy(model)
     before = model.encoder[0].norm.running_var.clone()
-    twin.encoding.static = False  # so that every step is convolved and normalised
+    twin.encoder.encoding.static = False  # so that every step is convolved and normalised
     outs = []
     for m in (model, twin):
         torch.manual_seed(1)

@@ -1,0 +1,104 @@
+"""The encoder, of autoencoders and of classifiers: an image, or frames of events, through the stages to spikes."""
+
+from collections.abc import Sequence
+from typing import Annotated
+
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor, nn
+
+from spikegen.attention import Attention
+from spikegen.encoding import Encoding, EncodingSpec
+from spikegen.kernels import Engine
+from spikegen.neurons import NeuronSpec
+from spikegen.residual import ResidualSpec, ResidualStage, Stem, StemSpec
+from spikegen.spec import UserError, default_kind
+from spikegen.stages import Stage, StageSpec, down_stage
+
+EncoderStageSpec = StageSpec | StemSpec | ResidualSpec
+EncoderStage = Annotated[Annotated[EncoderStageSpec, Field(discriminator="kind")], default_kind("conv")]
+
+
+def check_stages(stages: Sequence[EncoderStageSpec]) -> None:
+    """ValueError unless the stages are convolutions, or a stem and then residual ones."""
+    kinds = [s.kind for s in stages]
+    residual = ["stem", *["residual"] * max(1, len(kinds) - 1)]
+    if kinds not in (["conv"] * len(kinds), residual):
+        raise ValueError(f"stages are all conv, or a stem and then residual ones; got {', '.join(kinds)}")
+
+
+def reduction(stages: Sequence[EncoderStageSpec]) -> int:
+    """By how much the stages divide height and width."""
+    factor = 1
+    for stage in stages:
+        factor *= stage.reduction
+    return factor
+
+
+class Encoder(nn.ModuleList):
+    """The stages in order; called with images, it encodes them first."""
+
+    def __init__(
+        self,
+        stages: Sequence[EncoderStageSpec],
+        image_shape: tuple[int, int, int],
+        num_steps: int,
+        encoding: EncodingSpec,
+        neuron: NeuronSpec,
+        engine: Engine,
+        attention: Attention | None,
+        norm_scale: float | None = None,
+    ):
+        """`attention` is that of the stages that inherit it; `norm_scale` None brings currents to the threshold."""
+        super().__init__()
+        self.image_shape, self.num_steps = image_shape, num_steps
+        self.encoding: Encoding = encoding.build(num_steps)
+        width = image_shape[0]
+        for k, spec in enumerate(stages):
+            own = neuron if isinstance(spec, StemSpec) else spec.neuron or neuron
+            alpha = 1.0 if norm_scale is None else norm_scale / own.mean_threshold
+            if isinstance(spec, StemSpec):
+                self.append(Stem(spec, width, alpha * own.mean_threshold))
+            else:
+                chosen = attention if spec.attention == "inherit" else spec.attention
+                if isinstance(spec, StageSpec):
+                    gate = chosen.build(num_steps, spec.channels) if chosen else None
+                    self.append(down_stage(spec, width, own, engine, gate, alpha))
+                else:
+                    last = k == len(stages) - 1
+                    self.append(ResidualStage(spec, width, own, engine, chosen, num_steps, last))
+            width = spec.channels
+        factor = reduction(stages)
+        self.shape = (width, image_shape[1] // factor, image_shape[2] // factor)
+        """Of the features at each step: channels, height, width."""
+
+    def forward(
+        self, image: Float[Tensor, "B *image"], uniform: Float[Tensor, "T B C H W"] | None = None
+    ) -> tuple[Float[Tensor, "T B D h w"], list[Float[Tensor, ""]]]:
+        """The last stage's spikes and every firing stage's rate, for images [B, C, H, W] or frames [B, T, C, H, W].
+
+        `uniform` fixes the draws of an encoding that has any.
+        """
+        first, *rest = self
+        rates: list[Tensor] = []
+        if isinstance(first, Stem):
+            x = first(image.unsqueeze(0) if self.encoding.static else self.encoding(image, uniform))
+            x = x.expand(self.num_steps, *x.shape[1:])
+        else:
+            assert isinstance(first, Stage)
+            if self.encoding.static:
+                # The same current at every step: convolve and normalise once, not T times.
+                x, rate = first.fire(first.layer(image).unsqueeze(0), self.num_steps)
+            else:
+                x, rate = first(self.encoding(image, uniform))
+            rates.append(rate)
+        for stage in rest:
+            x, rate = stage(x)
+            rates.append(rate)
+        return x, rates
+
+    def check(self, image: Tensor) -> None:
+        """UserError unless the model takes images of this shape."""
+        wanted = (*((self.num_steps,) if self.encoding.has_time else ()), *self.image_shape)
+        if tuple(image.shape[1:]) != wanted:
+            raise UserError(f"the model takes images of {wanted}; got {tuple(image.shape[1:])}")

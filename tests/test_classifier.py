@@ -1,0 +1,158 @@
+"""Classifiers: the autoencoder's encoder with a head; what is refused; saving; encoders that change places."""
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from spikegen.classifier import ClassifierConfig, SpikingClassifier, load_encoder
+from spikegen.runs import load_model
+from spikegen.spec import UserError
+from spikegen.vae import ModelConfig, SpikingVAE
+
+CLASSES = ("cat", "dog", "bird")
+STAGES = [{"channels": 4}, {"channels": 6, "stride": 1, "pool": {"size": 2}}]
+RESIDUAL = [{"kind": "stem", "channels": 4, "kernel": 3, "stride": 1}, {"kind": "residual", "channels": 6, "blocks": 1}]
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def classifier(shape=(1, 8, 8), **values):
+    defaults = {"num_steps": 3, "stages": STAGES, "head": {"kind": "spiking", "hidden": [7], "votes": 2}}
+    return SpikingClassifier(ClassifierConfig.model_validate(defaults | values), shape, CLASSES)
+
+
+HEADS = [
+    {"kind": "rate"},
+    {"kind": "rate", "pool": True, "dropout": 0.3},
+    {"kind": "spiking", "hidden": [], "votes": 3},
+    {"kind": "spiking", "hidden": [7, 5], "norm": True, "dropout": 0.5},
+    {"kind": "spiking", "hidden": [7], "fire": False, "votes": 2},
+    {"kind": "spiking", "hidden": [7], "norm": True, "attention": {"kind": "ta"}},
+]
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("stages", [STAGES, RESIDUAL])
+def test_outputs_and_rates(head, stages):
+    model = classifier(head=head, stages=stages, norm_scale=1.0).eval()
+    x = torch.rand(5, 1, 8, 8) * 2 - 1
+    output = model(x)
+    assert output.outputs.shape == ((1 if head["kind"] == "rate" else 3), 5, 3)
+    torch.testing.assert_close(output.logits, output.outputs.mean(0))
+    layers = sum(s["kind"] != "stem" if "kind" in s else True for s in stages)
+    layers += len(head.get("hidden", ())) + (head["kind"] == "spiking" and head.get("fire", True))
+    assert output.firing_rate.shape == (layers,)
+    assert torch.equal(model(x).logits, output.logits)
+    torch.testing.assert_close(torch.cat([model(p).logits for p in x.split(2)]), output.logits)
+
+
+def test_votes_are_the_mean_of_neighbours_and_a_layer_drops_the_same_at_each_step():
+    head = classifier(head={"kind": "spiking", "hidden": [], "votes": 2, "fire": False, "dropout": 0.5}).head
+    spikes = torch.ones(3, 4, 6, 2, 2)
+    outputs, rates = head(spikes)
+    assert not rates
+    torch.testing.assert_close(outputs[0], outputs[1])  # the same input and mask give the same output
+    assert not torch.allclose(outputs[:, 0], outputs[:, 1])  # but each image has a mask of its own
+    outputs, _ = head.eval()(spikes)
+    currents = head.linear(spikes.flatten(2))
+    torch.testing.assert_close(outputs, (currents[..., ::2] + currents[..., 1::2]) / 2)
+
+
+@pytest.mark.parametrize("of", ["spikes", "currents"])
+@pytest.mark.parametrize("kind", ["max", "avg"])
+def test_pooling_is_where_it_is_said_to_be(of, kind):
+    pool = {"kind": kind, "size": 2, "of": of}
+    model = classifier(stages=[{"channels": 4, "stride": 1, "pool": pool}]).double().eval()
+    stage = model.encoder[0]
+    x = torch.randn(2, 1, 8, 8).double()
+    current = stage.norm(stage.layer(x) + stage.bias.view(-1, 1, 1))
+    pooled = stage.pool(current) if of == "currents" else current
+    spikes = stage.neuron(pooled.expand(3, *pooled.shape))
+    if of == "spikes":
+        spikes = torch.stack([stage.pool(step) for step in spikes])
+    found, _ = model.encoder(x)
+    torch.testing.assert_close(found, spikes)
+
+
+def test_frames_are_taken_one_a_step():
+    model = classifier((2, 8, 8), encoding={"kind": "frames"}, stages=[{"channels": 16}]).eval()
+    frames = torch.randint(0, 4, (5, 3, 2, 8, 8)).float()
+    assert model(frames).outputs.shape == (3, 5, 3)
+    whole, swapped = model.encoder(frames)[0], model.encoder(frames[:, [1, 0, 2]])[0]
+    assert not torch.equal(whole[2], swapped[2])  # what came before differs
+    assert torch.equal(whole[0], model.encoder(frames[:, [0, 0, 0]])[0][0])  # what comes after does not matter
+    with pytest.raises(UserError, match=r"takes images of \(3, 2, 8, 8\); got \(2, 2, 8, 8\)"):
+        model(frames[:, :2])
+
+
+@pytest.mark.parametrize("encoding", ["rate", "latency"])
+def test_draws_do_not_depend_on_the_batch(encoding):
+    model = classifier(encoding={"kind": encoding}).eval()
+    x = torch.rand(6, 1, 8, 8) * 2 - 1
+    parts = [model.classify(p, seed=5, first=2 * k) for k, p in enumerate(x.split(2))]
+    assert torch.equal(torch.cat(parts), model.classify(x, seed=5))
+
+
+@pytest.mark.parametrize("stages", [STAGES, RESIDUAL])
+def test_saved_and_loaded_it_is_the_same(tmp_path, stages):
+    model = classifier(stages=stages).eval()
+    model.save(tmp_path)
+    again = load_model(tmp_path)
+    assert isinstance(again, SpikingClassifier)
+    assert again.config == model.config
+    x = torch.randn(4, 1, 8, 8)
+    assert torch.equal(again(x).outputs, model(x).outputs)
+
+
+def vae(**values):
+    defaults = {"num_steps": 3, "stages": STAGES, "latent": {"kind": "spatial", "channels": 2}}
+    return SpikingVAE(ModelConfig.model_validate(defaults | values), (1, 8, 8), CLASSES)
+
+
+@pytest.mark.parametrize("stages", [STAGES, RESIDUAL])
+def test_an_encoder_serves_autoencoder_and_classifier(stages):
+    source, target = vae(stages=stages).eval(), classifier(stages=stages).eval()
+    x = torch.randn(4, 1, 8, 8)
+    load_encoder(target, source, "run")
+    assert torch.equal(target.encoder(x)[0], source.encoder(x)[0])
+    back = vae(stages=stages).eval()
+    load_encoder(back, target, "run")
+    assert torch.equal(back.encoder(x)[0], source.encoder(x)[0])
+    assert back(x).image.shape == x.shape
+
+
+def test_an_encoder_of_another_shape_is_refused():
+    with pytest.raises(UserError, match="the encoder of runs/a does not fit"):
+        load_encoder(classifier(stages=RESIDUAL), vae(), "runs/a")
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"stages": [{"kind": "residual", "channels": 4}]}, "a stem and then residual"),
+        ({"stages": [RESIDUAL[0]]}, "a stem and then residual"),
+        ({"stages": [RESIDUAL[0], STAGES[0]]}, "a stem and then residual"),
+        ({"stages": []}, "at least 1"),
+        ({"head": {"source": "latent"}}, "a classifier has no latent"),
+    ],
+)
+def test_networks_that_cannot_be_are_refused(values, says):
+    with pytest.raises(ValidationError, match=says):
+        ClassifierConfig.model_validate({"stages": STAGES} | values)
+
+
+def test_an_autoencoder_does_not_take_what_its_decoder_cannot_mirror():
+    with pytest.raises(ValidationError, match="divides height and width by 4"):
+        ModelConfig.model_validate({"stages": [{"channels": 4, "pool": {"size": 2}}]})
+    with pytest.raises(ValidationError, match="frames is of event data"):
+        ModelConfig.model_validate({"encoding": {"kind": "frames"}})
+
+
+def test_too_small_images_and_no_classes_are_refused():
+    with pytest.raises(UserError, match="too small for stages that divide by 4"):
+        classifier((1, 3, 3))
+    with pytest.raises(UserError, match="needs class labels"):
+        SpikingClassifier(ClassifierConfig.model_validate({"stages": STAGES}), (1, 8, 8), ())
