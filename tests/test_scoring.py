@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from spikegen import scoring
+from spikegen import requirements, scoring
 from spikegen.config import ScoringConfig, load_config
 from spikegen.data import DataSpec
 from spikegen.extractors import Extractor, Features, load_extractor
@@ -270,7 +270,7 @@ def test_the_uint8_step_is_the_stated_one():
 
 
 def test_every_metric_a_config_may_name_is_offered():
-    assert set(scoring.METRICS) == set(get_args(get_args(ScoringConfig.model_fields["metrics"].annotation)[0]))
+    assert set(requirements.METRICS) == set(get_args(get_args(ScoringConfig.model_fields["metrics"].annotation)[0]))
 
 
 def test_a_model_is_scored_with_every_metric():
