@@ -20,7 +20,6 @@ from spikegen.features import extract, file_hash, published_statistics, real_sta
 from spikegen.manifold import coverage, density, novelty, precision, recall
 from spikegen.metrics import (
     RECONSTRUCTION,
-    Interval,
     Network,
     Statistics,
     accuracy,
@@ -35,6 +34,7 @@ from spikegen.metrics import (
 from spikegen.protocols import PROTOCOLS, Protocol
 from spikegen.references import BATCH, Batches, Reference, floor_images, image_shape, load_reference, read_folder
 from spikegen.requirements import FRECHET, ScoreWarning, Source, check_counts, check_metrics, lacking
+from spikegen.resampling import Interval
 from spikegen.runs import open_run, pick_device
 from spikegen.sampling import Sampling, generate
 from spikegen.spec import UserError, suggest
@@ -221,7 +221,7 @@ def score_sets(
         if not copies:
             assert source.reconstruct is not None
             wanted = tuple(m for m in metrics if m in RECONSTRUCTION)
-            copies.update(reconstruction(source.reconstruct, real, source.batch_size, wanted))
+            copies.update(reconstruction(source.reconstruct, real, source.batch_size, wanted, seed))
         return copies[metric]
 
     compute: dict[str, Callable[[], Interval]] = {
@@ -229,21 +229,21 @@ def score_sets(
         "fid_floor": lambda: frechet_distance(_floor(reference, count, seed, extractor).features, real_side(), seed),
         "is": lambda: inception_score(_logits(seen), seed),
         "kid": lambda: kernel_distance(seen.features, truth(), seed),
-        "precision": lambda: precision(seen.features, truth()),
-        "recall": lambda: recall(seen.features, truth()),
-        "density": lambda: density(seen.features, truth()),
-        "coverage": lambda: coverage(seen.features, truth()),
-        "novelty": lambda: novelty(seen.features, truth(), _train_features(reference, extractor)),
+        "precision": lambda: precision(seen.features, truth(), seed),
+        "recall": lambda: recall(seen.features, truth(), seed),
+        "density": lambda: density(seen.features, truth(), seed),
+        "coverage": lambda: coverage(seen.features, truth(), seed),
+        "novelty": lambda: novelty(seen.features, truth(), _train_features(reference, extractor), seed),
         "class_diversity": lambda: class_diversity(_logits(seen), seed),
         **{m: functools.partial(copied, m) for m in RECONSTRUCTION},
     }
     compute |= {"fad": compute["fid"], "fad_floor": compute["fid_floor"]}
     if source.labels is not None:
         asked = source.labels
-        compute["agreement"] = lambda: agreement(_logits(seen), asked)
+        compute["agreement"] = lambda: agreement(_logits(seen), asked, seed)
     if source.classify is not None and labels is not None:
         classify = source.classify
-        compute["accuracy"] = lambda: accuracy(classify, real, labels, source.batch_size)
+        compute["accuracy"] = lambda: accuracy(classify, real, labels, source.batch_size, seed)
     settings = _settings(reference, extractor, count, seed) | {"batch_size": source.batch_size}
     settings |= {"protocol": protocol.name if protocol else "spikegen"} | (source.settings or {})
     if statistics is not None:
