@@ -4,6 +4,7 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from spikegen.extractors import Extractor
@@ -17,9 +18,13 @@ METRICS = (
     *RECONSTRUCTION, "accuracy",
 )  # fmt: skip
 
-ENOUGH = {"is": 1000, "kid": 1000, "precision": 1000, "recall": 1000, "density": 1000, "coverage": 1000,
-          "novelty": 100, "agreement": 100, "class_diversity": 100}  # fmt: skip
-"""Generated images below which a metric says little; the Frechet distances need more than there are features."""
+ENOUGH = {
+    "is": (1000, 0), "kid": (1000, 1000), "precision": (1000, 1000), "recall": (1000, 1000), "density": (1000, 1000),
+    "coverage": (1000, 1000), "novelty": (100, 100), "agreement": (100, 0), "class_diversity": (100, 0),
+    "mse": (0, 100), "psnr": (0, 100), "ssim": (0, 100), "accuracy": (0, 100),
+}  # fmt: skip
+"""Generated and real images below which a metric says little; the Frechet distances need more than there are features.
+"""
 
 
 class ScoreWarning(UserWarning):
@@ -80,9 +85,22 @@ def check_counts(count: int, real: int, dim: int, metrics: tuple[str, ...]) -> N
     few = [f"{n} {kind}" for n, kind in ((count, "generated"), (real, "real")) if n <= dim]
     if few and set(FRECHET) & set(metrics):
         says = f"FID needs more images than the extractor's {dim} features for its covariance"
-        warnings.warn(f"{says}; got {' and '.join(few)}", ScoreWarning, stacklevel=3)
-    short = [m for m in metrics if count < ENOUGH.get(m, 0)]
-    if short:
-        needed = max(ENOUGH[m] for m in short)
-        says = f"{', '.join(short)} say little below {needed} generated images; got {count}"
-        warnings.warn(says, ScoreWarning, stacklevel=3)
+        _warn(f"{says}; got {' and '.join(few)}")
+    for place, (got, kind) in enumerate(((count, "generated"), (real, "real"))):
+        for needed in sorted({ENOUGH[m][place] for m in metrics if m in ENOUGH}):
+            short = [m for m in metrics if m in ENOUGH and got < needed == ENOUGH[m][place]]
+            if short:
+                says = f"{', '.join(short)} {'say' if len(short) > 1 else 'says'} little below {needed} {kind} images"
+                _warn(f"{says}; got {got}")
+
+
+def check_variety(features: Float[Tensor, "N d"], real: UInt8[Tensor, "M C H W"]) -> None:
+    """ScoreWarning where the generated images, by their features, or the real ones are all the same."""
+    if bool((features == features[:1]).all()):
+        _warn(f"all {len(features)} generated images look the same to the extractor")
+    if bool((real == real[:1]).all()):
+        _warn(f"all {len(real)} real images are the same")
+
+
+def _warn(says: str) -> None:
+    warnings.warn(says, ScoreWarning, stacklevel=4)  # at the call of score_sets

@@ -33,7 +33,7 @@ from spikegen.metrics import (
 )
 from spikegen.protocols import PROTOCOLS, Protocol
 from spikegen.references import BATCH, Batches, Reference, floor_images, image_shape, load_reference, read_folder
-from spikegen.requirements import FRECHET, ScoreWarning, Source, check_counts, check_metrics, lacking
+from spikegen.requirements import FRECHET, ScoreWarning, Source, check_counts, check_metrics, check_variety, lacking
 from spikegen.resampling import Interval
 from spikegen.runs import open_run, pick_device
 from spikegen.sampling import Sampling, generate
@@ -195,7 +195,7 @@ def score_sets(
 
     `cache` is a folder for the real images' statistics, `statistics` a file that takes their place. UserError for
     an unknown metric, one that lacks its input, or fewer than two images. ScoreWarning where a metric has fewer
-    images than it needs, or the generated ones are all the same.
+    images than it needs, generated or real, or all of either are the same.
     """
     source = source or Source()
     if not metrics:
@@ -208,8 +208,7 @@ def score_sets(
     seen = extract(generated, extractor)
     count = len(seen.features)
     check_counts(count, len(real), extractor.dim, metrics)
-    if bool((seen.features == seen.features[:1]).all()):
-        warnings.warn(f"all {count} generated images look the same to the extractor", ScoreWarning, stacklevel=2)
+    check_variety(seen.features, real)
     truth = functools.cache(lambda: extract(real.split(BATCH), extractor).features)
     whole = bool(set(metrics) & {"kid", "precision", "recall", "density", "coverage", "novelty"})
     copies: dict[str, Interval] = {}
