@@ -4,7 +4,6 @@ An extractor takes uint8 images [N, 3, H, W] of any size (grey ones repeated to 
 resize and normalisation, and says in `settings()` which ones, so that a score can be compared with another.
 """
 
-import hashlib
 import io
 import math
 import sys
@@ -12,17 +11,15 @@ from dataclasses import dataclass
 from http.client import HTTPException
 from importlib import resources
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 from jaxtyping import Float, UInt8
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
 from spikegen.data import resize, to_model
 from spikegen.spec import UserError, suggest
-from spikegen.storage import user_mistakes
+from spikegen.weights import one_line, read_weights, weights_hash
 
 CNN_SIZES = {"digits": 16, "mnist": 32, "fashion_mnist": 32}
 """The data sets that have a shipped classifier, and the image size it was trained at, in pixels."""
@@ -97,15 +94,6 @@ def load_extractor(name: str, data: str, device: torch.device | str) -> Extracto
 def default_extractor(data: str) -> str:
     """The extractor to use for data set `data` when none is chosen: its own small one, else Inception."""
     return "cnn" if data in CNN_SIZES else "inception"
-
-
-def weights_hash(state: dict[str, Tensor]) -> str:
-    """SHA-256 of every tensor's name, type, shape and bytes: one network has one hash in any file format."""
-    digest = hashlib.sha256()
-    for key, tensor in sorted(state.items()):
-        digest.update(f"{key} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 # ---- cnn -------------------------------------------------------------------------------------------------
@@ -222,14 +210,10 @@ def _downloaded_inception() -> Path:
     except (OSError, HTTPException, RuntimeError) as error:  # RuntimeError: what came has another hash
         raise UserError(
             f"extractor inception: its weights are not in {path.parent} and cannot be downloaded "
-            f"({_line(error)}); connect once, or fetch {URL_INCEPTION_V3} elsewhere and give "
+            f"({one_line(error)}); connect once, or fetch {URL_INCEPTION_V3} elsewhere and give "
             f"--extractor inception:PATH ({', '.join(CNN_SIZES)} also have --extractor cnn, no download)"
         ) from None
     return path
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 # ---- autoencoder -----------------------------------------------------------------------------------------
@@ -282,28 +266,3 @@ def _load_autoencoder(path: Path) -> AutoencoderExtractor:
         raise UserError(
             f"{path}: not the weights of FSVAE's autoencoder (encoder.0.0.weight, latent_layer.weight)"
         ) from None
-
-
-# ---- weights ---------------------------------------------------------------------------------------------
-
-
-_RIGHT = "give a .safetensors file, or a .pth file that holds a state dict and nothing else"
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors in a .safetensors file, or in a .pth file that holds nothing else: nothing is unpickled.
-
-    UserError when the file is absent, broken or holds anything but named tensors.
-    """
-    with user_mistakes("read", path), open(path, "rb"):
-        pass
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever the bytes of a broken or foreign file lead to
-        detail = "" if isinstance(error, UnpicklingError) else f" ({_line(error)[:100]})"
-        raise UserError(f"{path}: not a file of weights{detail}; {_RIGHT}") from None
-    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise UserError(f"{path}: holds other things than named tensors; {_RIGHT}")
-    return dict(state)

@@ -1,7 +1,8 @@
 """Precision, recall, density and coverage, and nearest neighbours: what lies near what in feature space.
 
 Precision and recall as Kynkaanniemi et al. (arXiv 1904.06991, k = 3), density and coverage as Naeem et al. (2002.09797,
-k = 5). torch-fidelity has the first two without an interval; they are the tests' oracle.
+k = 5). torch-fidelity has the first two without an interval; they are the tests' oracle. What each image has is found
+once: the intervals are those of its mean over resamples of the images that it is a mean over.
 """
 
 from collections.abc import Iterator
@@ -10,46 +11,64 @@ import torch
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
-from spikegen.metrics import Interval, mean_interval
+from spikegen.resampling import Interval, mean_interval, percentile_interval
+from spikegen.spec import UserError
 
 PRECISION_NEIGHBOURS, DENSITY_NEIGHBOURS = 3, 5
 BLOCK = 500
 """Rows of a distance matrix that exist at once."""
 
 
-def precision(generated: Float[Tensor, "N d"], real: Float[Tensor, "M d"]) -> Interval:
-    """The part of the generated images that lie as near to some real one as its third neighbour."""
-    return mean_interval(_inside(generated, real, PRECISION_NEIGHBOURS) > 0, most=1.0)
+def precision(generated: Float[Tensor, "N d"], real: Float[Tensor, "M d"], seed: int = 0) -> Interval:
+    """The part of the generated images that lie as near to some real one as its third neighbour.
+
+    The generated ones are resampled.
+    """
+    return mean_interval(_inside(generated, real, PRECISION_NEIGHBOURS) > 0, seed)
 
 
-def recall(generated: Float[Tensor, "N d"], real: Float[Tensor, "M d"]) -> Interval:
-    """The part of the real images that lie as near to some generated one as its third neighbour."""
-    return mean_interval(_inside(real, generated, PRECISION_NEIGHBOURS) > 0, most=1.0)
+def recall(generated: Float[Tensor, "N d"], real: Float[Tensor, "M d"], seed: int = 0) -> Interval:
+    """The part of the real images that lie as near to some generated one as its third neighbour.
+
+    The real ones are resampled.
+    """
+    return mean_interval(_inside(real, generated, PRECISION_NEIGHBOURS) > 0, seed)
 
 
-def density(generated: Float[Tensor, "N d"], real: Float[Tensor, "M d"]) -> Interval:
-    """In how many of the real images' balls a generated one lies, over five; it may pass 1."""
-    return mean_interval(_inside(generated, real, DENSITY_NEIGHBOURS) / DENSITY_NEIGHBOURS)
+def density(generated: Float[Tensor, "N d"], real: Float[Tensor, "M d"], seed: int = 0) -> Interval:
+    """In how many of the real images' balls a generated one lies, over five; it may pass 1.
+
+    The generated ones are resampled.
+    """
+    return mean_interval(_inside(generated, real, DENSITY_NEIGHBOURS) / DENSITY_NEIGHBOURS, seed)
 
 
-def coverage(generated: Float[Tensor, "N d"], real: Float[Tensor, "M d"]) -> Interval:
-    """The part of the real images whose nearest generated one is as near as their fifth real neighbour."""
-    return mean_interval(_nearest(real, generated, 1)[:, 0] <= radii(real, DENSITY_NEIGHBOURS), most=1.0)
+def coverage(generated: Float[Tensor, "N d"], real: Float[Tensor, "M d"], seed: int = 0) -> Interval:
+    """The part of the real images whose nearest generated one is as near as their fifth real neighbour.
+
+    The real ones are resampled.
+    """
+    return mean_interval(_nearest(real, generated, 1)[:, 0] <= radii(real, DENSITY_NEIGHBOURS), seed)
 
 
-def novelty(generated: Float[Tensor, "N d"], test: Float[Tensor, "M d"], train: Float[Tensor, "K d"]) -> Interval:
+def novelty(
+    generated: Float[Tensor, "N d"], test: Float[Tensor, "M d"], train: Float[Tensor, "K d"], seed: int = 0
+) -> Interval:
     """Median distance from a generated image to the nearest training image, over that of the test images.
 
     About 1 for a model that generalises; well below 1 for one that has learnt its training images by heart. The
-    interval is that of a median's ranks.
+    generated images are resampled. UserError where the test images' median distance is 0.
     """
-    own = _nearest(generated, train, 1)[:, 0].double().sort().values
     usual = _nearest(test, train, 1)[:, 0].double().median()
-    half, spread = (len(own) - 1) / 2, 0.98 * len(own) ** 0.5
-    low, high = (int(min(max(half + s * spread, 0), len(own) - 1)) for s in (-1, 1))
-    least = torch.finfo(torch.float64).tiny
-    value, low_value, high_value = (own[[round(half), low, high]] / usual.clamp(min=least)).tolist()
-    return Interval(value, low_value, high_value)
+    if not usual:
+        raise UserError("half of the test images look like copies of training images; leave it out")
+    own = (_nearest(generated, train, 1)[:, 0].double() / usual).cpu()
+    middle = round((len(own) - 1) / 2) + 1
+
+    def median(ratios: Tensor) -> float:
+        return ratios.kthvalue(middle).values.item()
+
+    return percentile_interval(median(own), len(own), lambda chosen: median(own[chosen]), seed)
 
 
 def nearest(x: Shaped[Tensor, "N d"], among: Shaped[Tensor, "M d"], count: int) -> Int64[Tensor, "N k"]:

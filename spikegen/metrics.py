@@ -1,18 +1,16 @@
 """The metrics: what FID, IS, KID and the like make of features, logits and images, each with its interval.
 
-torchmetrics computes the values. Each has an approximate 95 % interval for the draw of the images; the
-functions say how they get it.
+torchmetrics computes the values. Each has an approximate 95 % interval for the draw of the images, by resampling the
+generated ones or, where a metric is of the real ones, those; the functions say how.
 """
 
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from math import inf, isfinite
 
-import numpy as np
 import torch
-from jaxtyping import Float, Float64, Int64, Shaped, UInt8
+from jaxtyping import Float, Float64, Int64, UInt8
 from torch import Tensor, nn
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from torchmetrics.image.fid import FrechetInceptionDistance
@@ -20,25 +18,12 @@ from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from spikegen.images import to_model
-from spikegen.spec import UserError
+from spikegen.resampling import Interval, deviation_interval, mean_interval, resample_counts, resampled
 
-RESAMPLES = 20
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000  # as torchmetrics and torch-fidelity have them
+INCEPTION_RESAMPLES = 100
 
 Network = Callable[[Tensor, int], Tensor]  # of a batch of images in [-1, 1], and the first one's index
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A metric's value and its approximate 95 % interval; UserError when one is not a number."""
-
-    value: float
-    low: float
-    high: float
-
-    def __post_init__(self) -> None:
-        if not all(map(isfinite, (self.value, self.low, self.high))):
-            raise UserError("a score is not a finite number; the model or the extractor has broken weights")
 
 
 @dataclass(frozen=True)
@@ -78,29 +63,30 @@ def frechet_distance(generated: Float[Tensor, "N d"], real: Statistics, seed: in
     metric.real_features_num_samples = torch.tensor(real.count)
     metric.update(generated.double().cpu(), real=False)
     value = max(metric.compute().item(), 0.0)  # rounding can take a distance of 0 below it
-    return _interval(value, _frechet_spread(generated.double(), real, seed), least=0.0)
+    return deviation_interval(value, _frechet_resamples(generated.double(), real, seed), least=0.0)
 
 
-def _frechet_spread(x: Float64[Tensor, "N d"], real: Statistics, seed: int) -> float:
+def _frechet_resamples(x: Float64[Tensor, "N d"], real: Statistics, seed: int) -> list[float]:
     mean = (real.total / real.count).to(x.device)
     cov = (real.outer.to(x.device) - real.count * mean.outer(mean)) / (real.count - 1)
     values, vectors = torch.linalg.eigh(cov)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
     centred, distances = x - x.mean(0), []
-    for weights in resamples(len(x), seed).to(x.device):
+    for weights in resample_counts(len(x), seed).to(x.device):
         shift = weights @ centred / len(x)
         other = ((centred.T * weights) @ centred - len(x) * shift.outer(shift)) / (len(x) - 1)
         # The eigenvalues of S1 S2 are those of this symmetric matrix, which are real and cheaper to find.
         eigenvalues = torch.linalg.eigvalsh(root @ other @ root).clamp(min=0)
         apart = (x.mean(0) + shift - mean).square().sum()
         distances.append(apart + other.trace() - 2 * eigenvalues.sqrt().sum())
-    return torch.stack(distances).std().item()
+    return torch.stack(distances).tolist()
 
 
 def inception_score(logits: Float[Tensor, "N k"], seed: int = 0) -> Interval:
     """IS: exp(mean KL(p(y|x) || p(y))), the mean over ten parts of the images shuffled with `seed`.
 
-    The interval is 1.96 standard errors of that mean. Below 20 images there are fewer parts.
+    Below 20 images there are fewer parts. The interval is 1.96 standard deviations over 100 resamples of the images,
+    each scored in as many parts.
     """
     parts = inception_splits(len(logits))
     with _buffering():
@@ -108,8 +94,21 @@ def inception_score(logits: Float[Tensor, "N k"], seed: int = 0) -> Interval:
     # Less than 700 under the best class is probability 0, and torchmetrics' 0 * log(0) would be NaN.
     metric.update((logits.double() - logits.double().amax(1, keepdim=True)).clamp(min=-700).cpu())
     with _seeded(seed):
-        mean, std = metric.compute()
-    return _interval(max(mean.item(), 1.0), std.item() / parts**0.5, least=1.0)
+        value = max(metric.compute()[0].item(), 1.0)
+    return deviation_interval(value, _inception_resamples(logits.double(), seed), least=1.0)
+
+
+def _inception_resamples(logits: Float64[Tensor, "N k"], seed: int) -> Iterator[float]:
+    """IS = mean over the parts of exp(H(mean p) - mean H(p)), of every resample."""
+    p, count = logits.softmax(1), len(logits)
+    entropy = torch.special.entr(p).sum(1)
+    parts = torch.arange(count).chunk(inception_splits(count))
+    place = torch.cat([torch.full_like(part, k * count) for k, part in enumerate(parts)])
+    sizes = torch.tensor([len(part) for part in parts]).unsqueeze(1)
+    for chosen in resampled(count, seed, INCEPTION_RESAMPLES):
+        often = torch.bincount(place + chosen, minlength=len(parts) * count).view(len(parts), count)
+        weights = (often / sizes).to(p)
+        yield (torch.special.entr(weights @ p).sum(1) - weights @ entropy).exp().mean().item()
 
 
 def inception_splits(count: int) -> int:
@@ -131,19 +130,19 @@ def kernel_distance(generated: Float[Tensor, "N d"], real: Float[Tensor, "M d"],
     metric.update(generated.double(), real=False)
     with _seeded(seed):
         value = metric.compute()[0].item()
-    return _interval(value, _kernel_spread(generated.double(), real.double(), seed))
+    return deviation_interval(value, _kernel_resamples(generated.double(), real.double(), seed))
 
 
-def _kernel_spread(x: Float64[Tensor, "N d"], y: Float64[Tensor, "M d"], seed: int) -> float:
-    weights, n = resamples(len(x), seed).to(x.device), len(x)
-    values = torch.zeros(RESAMPLES, dtype=x.dtype, device=x.device)
+def _kernel_resamples(x: Float64[Tensor, "N d"], y: Float64[Tensor, "M d"], seed: int) -> list[float]:
+    weights, n = resample_counts(len(x), seed).to(x.device), len(x)
+    values = torch.zeros(len(weights), dtype=x.dtype, device=x.device)
     for rows in torch.arange(n, device=x.device).split(500):  # never the whole N x N kernel
         within = _cubic_kernel(x[rows], x)
         within[torch.arange(len(rows)), rows] = 0  # an image and its own copy are no pair
         between = _cubic_kernel(x[rows], y).mean(1)
         values += (weights[:, rows] * (weights @ within.T)).sum(1) / (n * (n - 1))
         values -= 2 * weights[:, rows] @ between / n
-    return values.std().item()
+    return values.tolist()
 
 
 def _cubic_kernel(x: Float64[Tensor, "N d"], y: Float64[Tensor, "M d"]) -> Float64[Tensor, "N M"]:
@@ -153,7 +152,7 @@ def _cubic_kernel(x: Float64[Tensor, "N d"], y: Float64[Tensor, "M d"]) -> Float
 
 
 def reconstruction_mse(reconstruct: Network, images: UInt8[Tensor, "N C H W"], batch_size: int = 250) -> Interval:
-    """Mean squared error of reconstructions of images in [-1, 1]; the interval is 1.96 standard errors."""
+    """Mean squared error of reconstructions of images in [-1, 1]; the images are resampled."""
     return reconstruction(reconstruct, images, batch_size, ("mse",))["mse"]
 
 
@@ -166,8 +165,9 @@ def reconstruction(
     images: UInt8[Tensor, "N C H W"],
     batch_size: int = 250,
     metrics: tuple[str, ...] = RECONSTRUCTION,
+    seed: int = 0,
 ) -> dict[str, Interval]:
-    """How near reconstructions come, image by image; the intervals are 1.96 standard errors.
+    """How near reconstructions come, image by image; the images, which are real ones, are resampled.
 
     `mse` on [-1, 1]; `psnr` in dB; `ssim` with the usual 11x11 Gaussian window.
     """
@@ -176,8 +176,7 @@ def reconstruction(
         copy = reconstruct(batch, k * batch_size).cpu().double()
         for metric in metrics:
             each[metric].append(_RECONSTRUCTION[metric](copy, batch.double()))
-    least = {"mse": 0.0, "psnr": -inf, "ssim": -1.0}
-    return {m: mean_interval(torch.cat(parts), least=least[m]) for m, parts in each.items()}
+    return {metric: mean_interval(torch.cat(parts), seed) for metric, parts in each.items()}
 
 
 _RECONSTRUCTION: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -190,59 +189,45 @@ _RECONSTRUCTION: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-def agreement(logits: Float[Tensor, "N k"], labels: Int64[Tensor, " N"]) -> Interval:
-    """The part of the conditional samples that a classifier gives the class that they were asked to be of."""
-    return mean_interval(logits.argmax(1).cpu() == labels.cpu(), most=1.0)
+def agreement(logits: Float[Tensor, "N k"], labels: Int64[Tensor, " N"], seed: int = 0) -> Interval:
+    """The part of the conditional samples that a classifier gives the class that they were asked to be of.
+
+    The samples are resampled.
+    """
+    return mean_interval(logits.argmax(1).cpu() == labels.cpu(), seed)
 
 
 def class_diversity(logits: Float[Tensor, "N k"], seed: int = 0) -> Interval:
-    """exp of the entropy of the classes that a classifier sees, over their number: 1 when all are equally frequent."""
-    classes = logits.argmax(1).cpu()
-    number = logits.shape[1]
+    """exp of the entropy of the classes that a classifier sees, over their number: 1 when all are equally frequent.
 
-    def of(counts: Tensor) -> float:
-        p = counts.double() / counts.sum()
-        return torch.special.entr(p).sum().exp().item() / number
+    The interval is 1.96 standard deviations over 1,000 resamples of the images.
+    """
+    classes, number = logits.argmax(1).cpu(), logits.shape[1]
 
-    counted = torch.stack([torch.bincount(classes, w, minlength=number) for w in resamples(len(classes), seed)])
-    value = of(torch.bincount(classes, minlength=number))
-    found = _interval(value, torch.tensor([of(c) for c in counted]).std().item(), least=0.0)
-    return Interval(found.value, found.low, min(found.high, 1.0))
+    def of(seen: Tensor) -> float:
+        part = torch.bincount(seen, minlength=number).double() / len(seen)
+        return torch.special.entr(part).sum().exp().item() / number
+
+    return deviation_interval(
+        of(classes), [of(classes[chosen]) for chosen in resampled(len(classes), seed)], least=0.0, most=1.0
+    )
 
 
 def accuracy(
-    classify: Network, images: UInt8[Tensor, "N C H W"], labels: Int64[Tensor, "N"], batch_size: int = 250
+    classify: Network,
+    images: UInt8[Tensor, "N C H W"],
+    labels: Int64[Tensor, "N"],
+    batch_size: int = 250,
+    seed: int = 0,
 ) -> Interval:
-    """The fraction classified right; the interval is 1.96 standard errors."""
+    """The fraction classified right; the images, which are real ones, are resampled."""
     right = torch.cat(
         [
             classify(to_model(x), k * batch_size).argmax(1).cpu() == y
             for k, (x, y) in enumerate(zip(images.cpu().split(batch_size), labels.cpu().split(batch_size), strict=True))
         ]
     )
-    return mean_interval(right, most=1.0)
-
-
-def mean_interval(each: Shaped[Tensor, " N"], least: float = 0.0, most: float = inf) -> Interval:
-    """The mean of what every image has; the interval is 1.96 standard errors, within [least, most]."""
-    each = each.double().cpu()
-    found = _interval(each.mean().item(), _standard_error(each), least)
-    return Interval(found.value, found.low, min(found.high, most))
-
-
-def _standard_error(x: Float64[Tensor, "N"]) -> float:
-    """Of the mean; 0 for a single image, whose spread is not known."""
-    return x.std().item() / len(x) ** 0.5 if len(x) > 1 else 0.0
-
-
-def _interval(value: float, deviation: float, least: float = -inf) -> Interval:
-    return Interval(value, max(value - 1.96 * deviation, least), value + 1.96 * deviation)
-
-
-def resamples(count: int, seed: int) -> Float64[Tensor, "R {count}"]:
-    """How often each of `count` images is in each of 20 resamples of that size."""
-    draws = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), RESAMPLES)
-    return torch.from_numpy(draws.astype(np.float64))
+    return mean_interval(right, seed)
 
 
 @contextlib.contextmanager

@@ -15,13 +15,11 @@ from torch import Tensor
 
 from spikegen.config import ScoringConfig
 from spikegen.data import default_root
-from spikegen.extractors import Extractor, Features, default_extractor, load_extractor, weights_hash
+from spikegen.extractors import Extractor, Features, default_extractor, load_extractor
 from spikegen.features import extract, file_hash, published_statistics, real_statistics
 from spikegen.manifold import coverage, density, novelty, precision, recall
 from spikegen.metrics import (
     RECONSTRUCTION,
-    SSIM_WINDOW,
-    Interval,
     Network,
     Statistics,
     accuracy,
@@ -35,25 +33,15 @@ from spikegen.metrics import (
 )
 from spikegen.protocols import PROTOCOLS, Protocol
 from spikegen.references import BATCH, Batches, Reference, floor_images, image_shape, load_reference, read_folder
+from spikegen.requirements import FRECHET, ScoreWarning, Source, check_counts, check_metrics, check_variety, lacking
+from spikegen.resampling import Interval
 from spikegen.runs import open_vae, pick_device
 from spikegen.sampling import Sampling, generate
 from spikegen.spec import UserError, suggest
 from spikegen.vae import SpikingVAE
+from spikegen.weights import weights_hash
 
 PACKAGES = ("torch", "torchmetrics", "torchvision", "torch-fidelity")
-FRECHET = ("fid", "fid_floor", "fad", "fad_floor")
-METRICS = (
-    *FRECHET, "is", "kid", "precision", "recall", "density", "coverage", "novelty", "agreement", "class_diversity",
-    *RECONSTRUCTION, "accuracy",
-)  # fmt: skip
-
-ENOUGH = {"is": 1000, "kid": 1000, "precision": 1000, "recall": 1000, "density": 1000, "coverage": 1000,
-          "novelty": 100, "agreement": 100, "class_diversity": 100}  # fmt: skip
-"""Generated images below which a metric says little; the Frechet distances need more than there are features."""
-
-
-class ScoreWarning(UserWarning):
-    """A score that was computed but says less than it seems to."""
 
 
 @dataclass(frozen=True)
@@ -70,18 +58,6 @@ class Score:
     def table(self) -> str:
         """One line a metric: name, value, interval."""
         return "\n".join(f"{k:15} {v.value:10.4f}  [{v.low:.4f}, {v.high:.4f}]" for k, v in self.metrics.items())
-
-
-@dataclass(frozen=True)
-class Source:
-    """What a model offers beside generated images; a folder offers none of it."""
-
-    reconstruct: Network | None = None
-    classify: Network | None = None
-    labels: Tensor | None = None
-    """The class that each generated image was asked to be of."""
-    batch_size: int = 250
-    settings: dict[str, Any] | None = None
 
 
 # ---- the call ------------------------------------------------------------------------------------------
@@ -134,7 +110,7 @@ def score(
         },
     )
     if metrics is None:
-        chosen = tuple(m for m in chosen if not _lacking(m, real, network, offered))
+        chosen = tuple(m for m in chosen if not lacking(m, real, network, offered))
     images = generate(model, count, choice.seed, sampling=sampling)
     return score_sets(
         images, real, network, chosen, seed=choice.seed, cache=_cache_folder(), source=offered, protocol=fixed,
@@ -164,7 +140,7 @@ def _score_folder(
     real = load_reference(reference, image_shape(images))
     network = _load_network(extractor, real, device, fixed)
     usual = fixed.metrics if fixed else ("fid", "fad", "is")
-    chosen = metrics or tuple(m for m in usual if not _lacking(m, real, network))
+    chosen = metrics or tuple(m for m in usual if not lacking(m, real, network))
     if fixed and len(images) != fixed.num:
         raise UserError(f"--protocol {fixed.name} takes {fixed.num} images; {source} has {len(images)}")
     return score_sets(
@@ -219,21 +195,20 @@ def score_sets(
 
     `cache` is a folder for the real images' statistics, `statistics` a file that takes their place. UserError for
     an unknown metric, one that lacks its input, or fewer than two images. ScoreWarning where a metric has fewer
-    images than it needs, or the generated ones are all the same.
+    images than it needs, generated or real, or all of either are the same.
     """
     source = source or Source()
     if not metrics:
         raise UserError(f"metrics: none of those that were to be computed can be had with {extractor.name} here")
-    _check_metrics(metrics, reference, extractor, source)
+    check_metrics(metrics, reference, extractor, source)
     if statistics is not None and not set(metrics) & set(FRECHET):
         raise UserError(f"--statistics serves only {', '.join(FRECHET)}; leave it out")
     real, labels = reference.images, reference.labels
     held = published_statistics(Path(statistics), extractor.dim, len(real)) if statistics else None
     seen = extract(generated, extractor)
     count = len(seen.features)
-    _check_counts(count, len(real), extractor.dim, metrics)
-    if bool((seen.features == seen.features[:1]).all()):
-        warnings.warn(f"all {count} generated images look the same to the extractor", ScoreWarning, stacklevel=2)
+    check_counts(count, len(real), extractor.dim, metrics)
+    check_variety(seen.features, real)
     truth = functools.cache(lambda: extract(real.split(BATCH), extractor).features)
     whole = bool(set(metrics) & {"kid", "precision", "recall", "density", "coverage", "novelty"})
     copies: dict[str, Interval] = {}
@@ -245,7 +220,7 @@ def score_sets(
         if not copies:
             assert source.reconstruct is not None
             wanted = tuple(m for m in metrics if m in RECONSTRUCTION)
-            copies.update(reconstruction(source.reconstruct, real, source.batch_size, wanted))
+            copies.update(reconstruction(source.reconstruct, real, source.batch_size, wanted, seed))
         return copies[metric]
 
     compute: dict[str, Callable[[], Interval]] = {
@@ -253,21 +228,21 @@ def score_sets(
         "fid_floor": lambda: frechet_distance(_floor(reference, count, seed, extractor).features, real_side(), seed),
         "is": lambda: inception_score(_logits(seen), seed),
         "kid": lambda: kernel_distance(seen.features, truth(), seed),
-        "precision": lambda: precision(seen.features, truth()),
-        "recall": lambda: recall(seen.features, truth()),
-        "density": lambda: density(seen.features, truth()),
-        "coverage": lambda: coverage(seen.features, truth()),
-        "novelty": lambda: novelty(seen.features, truth(), _train_features(reference, extractor)),
+        "precision": lambda: precision(seen.features, truth(), seed),
+        "recall": lambda: recall(seen.features, truth(), seed),
+        "density": lambda: density(seen.features, truth(), seed),
+        "coverage": lambda: coverage(seen.features, truth(), seed),
+        "novelty": lambda: novelty(seen.features, truth(), _train_features(reference, extractor), seed),
         "class_diversity": lambda: class_diversity(_logits(seen), seed),
         **{m: functools.partial(copied, m) for m in RECONSTRUCTION},
     }
     compute |= {"fad": compute["fid"], "fad_floor": compute["fid_floor"]}
     if source.labels is not None:
         asked = source.labels
-        compute["agreement"] = lambda: agreement(_logits(seen), asked)
+        compute["agreement"] = lambda: agreement(_logits(seen), asked, seed)
     if source.classify is not None and labels is not None:
         classify = source.classify
-        compute["accuracy"] = lambda: accuracy(classify, real, labels, source.batch_size)
+        compute["accuracy"] = lambda: accuracy(classify, real, labels, source.batch_size, seed)
     settings = _settings(reference, extractor, count, seed) | {"batch_size": source.batch_size}
     settings |= {"protocol": protocol.name if protocol else "spikegen"} | (source.settings or {})
     if statistics is not None:
@@ -281,54 +256,6 @@ def _named(metric: str, compute: Callable[[], Interval]) -> Interval:
         return compute()
     except UserError as error:
         raise UserError(f"{metric}: {error}") from None
-
-
-def _lacking(metric: str, reference: Reference, extractor: Extractor, source: Source | None = None) -> str | None:
-    """What a metric needs and there is not."""
-    source, frechet = source or Source(), extractor.frechet_name
-    own_split = reference.data is not None and reference.split == "test"
-    classes = extractor.classes == len(reference.classes) > 0
-    needs = {
-        "fid": (frechet == "fid", f"another extractor (with {extractor.name} it is called fad)"),
-        "fad": (frechet == "fad", "--extractor autoencoder:PATH"),
-        "fid_floor": (frechet == "fid" and own_split, "the test split of a data set as reference"),
-        "fad_floor": (frechet == "fad" and own_split, "an autoencoder, and the test split of a data set as reference"),
-        "novelty": (own_split, "the test split of a data set as reference"),
-        "is": (extractor.has_logits, f"an extractor with classes, not {extractor.name}"),
-        "class_diversity": (classes, "the cnn extractor of the reference's classes"),
-        "agreement": (
-            classes and source.labels is not None, "a conditional model and the cnn extractor of its classes"
-        ),
-        "ssim": (min(reference.images.shape[2:]) >= SSIM_WINDOW, f"images of {SSIM_WINDOW}x{SSIM_WINDOW} or larger"),
-        "accuracy": (source.classify is not None and reference.labels is not None,
-                     "a model with a head and a labelled reference"),
-    }  # fmt: skip
-    if metric in RECONSTRUCTION and source.reconstruct is None:
-        return "a model that reconstructs images of the reference's size, not a folder"
-    right, says = needs.get(metric, (True, ""))
-    return None if right else says
-
-
-def _check_metrics(metrics: tuple[str, ...], reference: Reference, extractor: Extractor, source: Source) -> None:
-    for metric in metrics:
-        if metric not in METRICS:
-            raise UserError(f"metrics: there is no {metric!r}; {suggest(metric, list(METRICS))}")
-        if lacks := _lacking(metric, reference, extractor, source):
-            raise UserError(f"metrics: {metric} needs {lacks}; leave it out")
-
-
-def _check_counts(count: int, real: int, dim: int, metrics: tuple[str, ...]) -> None:
-    if min(count, real) < 2:
-        raise UserError(f"a score needs at least 2 images; got {count} generated and {real} real")
-    few = [f"{n} {kind}" for n, kind in ((count, "generated"), (real, "real")) if n <= dim]
-    if few and set(FRECHET) & set(metrics):
-        says = f"FID needs more images than the extractor's {dim} features for its covariance"
-        warnings.warn(f"{says}; got {' and '.join(few)}", ScoreWarning, stacklevel=3)
-    short = [m for m in metrics if count < ENOUGH.get(m, 0)]
-    if short:
-        needed = max(ENOUGH[m] for m in short)
-        says = f"{', '.join(short)} say little below {needed} generated images; got {count}"
-        warnings.warn(says, ScoreWarning, stacklevel=3)
 
 
 def _floor(reference: Reference, count: int, seed: int, extractor: Extractor) -> Features:

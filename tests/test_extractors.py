@@ -13,7 +13,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 
 from spikegen import extractors
 from spikegen.data import DataSpec
-from spikegen.extractors import CNN_SIZES, default_extractor, load_cnn, load_extractor, read_weights, weights_hash
+from spikegen.extractors import CNN_SIZES, default_extractor, load_cnn, load_extractor
 from spikegen.references import Reference
 from spikegen.scoring import score_sets
 from spikegen.spec import UserError
@@ -187,15 +187,6 @@ def test_an_unknown_extractor_is_a_mistake_of_the_user(name):
 def test_a_set_without_a_classifier_is_told_which_have_one():
     with pytest.raises(UserError, match=r"cifar10.*digits, mnist, fashion_mnist.*inception"):
         load_extractor("cnn", "cifar10", "cpu")
-
-
-def test_read_weights_and_hash_do_not_depend_on_the_format(tmp_path):
-    state = {"a": torch.randn(3), "b": torch.tensor(2)}
-    torch.save(state, tmp_path / "w.pth")
-    save_file(state, tmp_path / "w.safetensors")
-    one, other = read_weights(tmp_path / "w.pth"), read_weights(tmp_path / "w.safetensors")
-    assert weights_hash(one) == weights_hash(other) == weights_hash(state)
-    assert weights_hash(state | {"b": torch.tensor(3)}) != weights_hash(state)
 
 
 # ---- autoencoder -------------------------------------------------------------------------------------------

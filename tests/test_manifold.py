@@ -1,10 +1,13 @@
 """What lies near what: against torch-fidelity, against loops from the definitions, and where the answer is known."""
 
+import numpy as np
 import pytest
 import torch
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from spikegen.manifold import coverage, density, nearest, novelty, precision, radii, recall
+from spikegen.resampling import mean_interval, resampled
+from spikegen.spec import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -61,6 +64,38 @@ def test_the_interval_holds_the_value_and_narrows(metric):
     for found in (wide, narrow):
         assert 0 <= found.low <= found.value <= found.high
     assert narrow.high - narrow.low < wide.high - wide.low
+
+
+@pytest.mark.parametrize(("n", "m"), [(30, 41), (41, 30)])
+def test_the_intervals_resample_what_the_mean_is_over(n, m):
+    """Precision and density: the generated images' verdicts; recall and coverage: the real ones'."""
+    generated, real = (x.double() for x in sets(n, m))
+    apart = torch.cdist(generated, real)
+
+    def reach(x: torch.Tensor, k: int) -> torch.Tensor:
+        return torch.cdist(x, x).sort(1).values[:, k]
+
+    near = {k: apart <= reach(real, k) for k in (3, 5)}
+    assert precision(generated, real, 8) == mean_interval(near[3].any(1), 8)
+    assert recall(generated, real, 8) == mean_interval((apart <= reach(generated, 3)[:, None]).any(0), 8)
+    assert density(generated, real, 8) == mean_interval(near[5].sum(1) / 5, 8)
+    assert coverage(generated, real, 8) == mean_interval(near[5].any(0), 8)
+
+
+def test_the_interval_of_novelty_is_that_of_resampled_medians():
+    train, test, fresh = torch.randn(60, 4), torch.randn(30, 4), torch.randn(31, 4)
+    own, usual = (torch.cdist(x.double(), train.double()).amin(1) for x in (fresh, test))
+    ratios = (own / usual.median()).numpy()
+    found = novelty(fresh, test, train, seed=8)
+    assert found.value == pytest.approx(np.median(ratios))
+    medians = [np.median(ratios[chosen]) for chosen in resampled(31, 8)]
+    assert (found.low, found.high) == pytest.approx(tuple(np.percentile(medians, [2.5, 97.5])))
+
+
+def test_novelty_beside_test_images_that_are_copies_is_named():
+    train = torch.randn(50, 4)
+    with pytest.raises(UserError, match="copies of training images"):
+        novelty(torch.randn(20, 4), train[:30], train)
 
 
 def test_copies_of_training_images_have_no_novelty():

@@ -10,7 +10,7 @@ from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metri
 from torch_fidelity.metric_kid import mmd2
 
 from spikegen.metrics import (
-    Interval,
+    INCEPTION_RESAMPLES,
     accuracy,
     agreement,
     class_diversity,
@@ -19,9 +19,9 @@ from spikegen.metrics import (
     kernel_distance,
     reconstruction,
     reconstruction_mse,
-    resamples,
     statistics_of,
 )
+from spikegen.resampling import Interval, resample_counts, resampled
 from spikegen.spec import UserError
 
 
@@ -88,20 +88,38 @@ def test_fid_interval_is_seeded_and_covers_new_draws():
 # ---- IS and KID ----------------------------------------------------------------------------------------
 
 
+def score_in_parts(logits: torch.Tensor) -> float:
+    """IS by a loop over its definition, the images in ten parts as they come."""
+    scores = []
+    for part in logits.double().softmax(1).chunk(10):
+        marginal = part.mean(0)
+        scores.append(
+            math.exp(np.mean([sum(p * (p / q).log() for p, q in zip(x, marginal, strict=True)) for x in part]))
+        )
+    return float(np.mean(scores))
+
+
 def test_is_follows_from_its_definition():
     logits = torch.randn(95, 7) * 3
     with torch.random.fork_rng():
         torch.manual_seed(5)
         order = torch.randperm(95)
-    scores = []
-    for part in logits[order].double().softmax(1).chunk(10):
-        marginal = part.mean(0)
-        scores.append(
-            math.exp(np.mean([sum(p * (p / q).log() for p, q in zip(x, marginal, strict=True)) for x in part]))
-        )
     found = inception_score(logits, seed=5)
-    assert found.value == pytest.approx(np.mean(scores), rel=1e-9)
-    assert found.high - found.value == pytest.approx(1.96 * np.std(scores, ddof=1) / 10**0.5, rel=1e-6)
+    assert found.value == pytest.approx(score_in_parts(logits[order]), rel=1e-9)
+
+
+def test_is_interval_is_the_deviation_of_resamples_scored_alike():
+    logits = torch.randn(25, 3) * 3  # nine parts, the last of one image
+    scores = [score_in_parts(logits[chosen]) for chosen in resampled(25, 5, INCEPTION_RESAMPLES)]
+    found = inception_score(logits, seed=5)
+    assert found.high - found.value == pytest.approx(1.96 * np.std(scores, ddof=1), rel=1e-6)
+    assert found.low == pytest.approx(max(1, 2 * found.value - found.high))
+
+
+def test_is_interval_is_the_spread_of_new_draws():
+    draws = [inception_score(torch.randn(200, 5, generator=torch.Generator().manual_seed(k)) * 2) for k in range(25)]
+    spread = 1.96 * np.std([d.value for d in draws])
+    assert np.mean([d.high - d.value for d in draws]) == pytest.approx(spread, rel=0.4)
 
 
 def test_is_is_torch_fidelitys_up_to_the_shuffle():
@@ -151,7 +169,7 @@ def test_kid_interval_is_the_spread_of_new_draws():
 def test_kid_interval_is_the_deviation_of_the_weighted_mmd():
     x, y = torch.rand(30, 4).double(), torch.rand(40, 4).double()
     within, between = ((x @ x.T / 4 + 1) ** 3).fill_diagonal_(0), (x @ y.T / 4 + 1) ** 3
-    values = [w @ within @ w / (30 * 29) - 2 * w @ between.mean(1) / 30 for w in resamples(30, 3)]
+    values = [w @ within @ w / (30 * 29) - 2 * w @ between.mean(1) / 30 for w in resample_counts(30, 3)]
     found = kernel_distance(x, y, seed=3)
     assert found.high - found.value == pytest.approx(1.96 * torch.stack(values).std().item(), rel=1e-9)
 
