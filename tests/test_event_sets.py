@@ -185,7 +185,9 @@ def test_a_foreign_class_is_named(tmp_path: Path) -> None:
     write_atis(stray, random_events(9, 34, 34))
     mistake(lambda: load("n_caltech101", tmp_path), str(stray), "did you mean Leopards?")
     made("dvs128_gesture", tmp_path, each=1)
-    write_gesture(stray := tmp_path / "DVSGesture" / "ibmGestureTrain" / "user01_led" / "11.npy", random_events(9, 9, 9))
+    write_gesture(
+        stray := tmp_path / "DVSGesture" / "ibmGestureTrain" / "user01_led" / "11.npy", random_events(9, 9, 9)
+    )
     mistake(lambda: load("dvs128_gesture", tmp_path), str(stray), "'11' is no class")
 
 
