@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, model_validator
 
+from spikegen.augment import AugmentSpec
 from spikegen.classifier import ClassifierConfig
 from spikegen.data import DataSpec
 from spikegen.prior import MaskedSpec
@@ -94,6 +95,8 @@ class TrainingConfig(LoopConfig):
     prior_lr: float = Field(1.0, gt=0)
     """How many times `lr` the latent's own prior learns with."""
     losses: Losses = LossesConfig()
+    augment: AugmentSpec | None = None
+    """What is done to a classifier's training images."""
     encoder: str | None = None
     """A run, saved model or hub id whose encoder this one starts with."""
     log_every: int = Field(2_000, ge=1)
@@ -194,10 +197,14 @@ def _check_vae(config: Config, model: ModelConfig) -> None:
         raise ValueError(f"model.neuron.kind is relu, but a {kind} latent draws from spikes; use lif")
     if config.prior is not None and kind != "spatial":
         raise ValueError(f"prior needs model.latent.kind spatial, not {kind}, which has a prior of its own")
+    if config.training.augment is not None:
+        raise ValueError("training.augment is for classifiers; an autoencoder's images are only flipped (data.flip)")
+    if config.data.is_events:
+        raise ValueError(f"data.name {config.data.name} is of events, which only a classifier takes (model.kind)")
 
 
 def _check_classifier(config: Config, model: ClassifierConfig) -> None:
-    losses = config.training.losses
+    losses, data = config.training.losses, config.data
     if not isinstance(losses, ClassifierLosses):
         raise ValueError("training.losses.kind is 'vae', an autoencoder's; use ce, smse or tet")
     if losses.kind != "ce" and model.head.kind == "rate":
@@ -210,6 +217,11 @@ def _check_classifier(config: Config, model: ClassifierConfig) -> None:
         raise ValueError("training.prior_lr is for latents, which a classifier has not; set it to 1")
     if config.scoring.extractor is not None or "metrics" in config.scoring.model_fields_set:
         raise ValueError("scoring.extractor and scoring.metrics are of generated images; a classifier has none")
+    if data.is_events != (model.encoding.kind == "frames"):
+        right = "frames" if data.is_events else "direct, rate or latency"
+        raise ValueError(f"model.encoding.kind is {model.encoding.kind}, but data.name {data.name} needs {right}")
+    if data.is_events and data.frames != model.num_steps:
+        raise ValueError(f"data.frames is {data.frames}, but model.num_steps is {model.num_steps}; make them the same")
 
 
 def load_config(name: str | Path, overrides: Sequence[str] | Mapping[str, Any] = ()) -> Config:

@@ -8,8 +8,10 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torchvision import datasets
 
-from spikegen import small_sets
+from spikegen import saccades, small_sets
 from spikegen.decoding import IMAGE_SUFFIXES, decode_files
+from spikegen.event_sets import EVENT_CLASSES, recordings
+from spikegen.events import Binning, FrameShape
 from spikegen.file_sets import CELEBA_ATTRIBUTES, CELEBA_CROP, celeba, scan_folder
 from spikegen.images import ImageSet, Part, Split, resize
 
@@ -24,12 +26,15 @@ from spikegen.spec import Spec, UserError, suggest
 VALIDATION_SEED = 1
 """Of the choice of validation images, which no setting changes."""
 
-CHANNELS = {"digits": 1, "mnist": 1, "fashion_mnist": 1, "cifar10": 3, "celeba": 3}
+EVENT_SETS = (*EVENT_CLASSES, "event_mnist")
+CHANNELS = {"digits": 1, "mnist": 1, "fashion_mnist": 1, "cifar10": 3, "celeba": 3, **dict.fromkeys(EVENT_SETS, 2)}
 CLASSES = {
     "digits": tuple("0123456789"),
     "mnist": tuple("0123456789"),
     "fashion_mnist": tuple(datasets.FashionMNIST.classes),
     "cifar10": ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+    **EVENT_CLASSES,
+    "event_mnist": tuple("0123456789"),
 }
 
 
@@ -41,9 +46,25 @@ class DataSpec(Spec):
     at random but always the same ones, are put aside for a classifier's evaluations; `train_limit` keeps the first N
     of the others. `flip` asks training for random left-right flips. `attribute` makes one of CelebA's 40 attributes
     the label. `download` allows fetching what is absent.
+
+    Of the event sets alone: each recording becomes `frames` time steps, which have as many events as one another
+    (`binning` count) or last as long (time), as `events.to_frames` says; event_mnist is simulated from MNIST,
+    and `event_seed` draws what differs from image to image.
     """
 
-    name: Literal["digits", "mnist", "fashion_mnist", "cifar10", "celeba", "folder"] = "digits"
+    name: Literal[
+        "digits",
+        "mnist",
+        "fashion_mnist",
+        "cifar10",
+        "celeba",
+        "folder",
+        "dvs128_gesture",
+        "cifar10_dvs",
+        "n_caltech101",
+        "n_mnist",
+        "event_mnist",
+    ] = "digits"
     root: Path | None = None
     image_size: int = Field(32, ge=4, le=2**12)
     channels: Literal[1, 3] | None = None
@@ -51,6 +72,9 @@ class DataSpec(Spec):
     validation: int = Field(0, ge=0)
     flip: bool = False
     attribute: str | None = None
+    frames: int = Field(10, ge=1, le=256)
+    binning: Binning = "count"
+    event_seed: int = Field(0, ge=0, lt=2**63)
     download: bool = True
 
     @field_validator("attribute")
@@ -68,10 +92,18 @@ class DataSpec(Spec):
             raise ValueError(f"channels is {self.channels}, but {self.name} has {CHANNELS[self.name]}; leave it out")
         if self.attribute is not None and self.name != "celeba":
             raise ValueError(f"attribute is for name 'celeba', not {self.name!r}; leave it out")
+        for key, names in (("frames", EVENT_SETS), ("binning", EVENT_SETS), ("event_seed", ("event_mnist",))):
+            if self.name not in names and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key} is for name {' or '.join(names)}, not {self.name!r}; leave it out")
         return self
 
+    @property
+    def is_events(self) -> bool:
+        """Whether images are frames of events [T, 2, H, W]."""
+        return self.name in EVENT_SETS
+
     def image_channels(self) -> int:
-        """1 (grey) or 3 (RGB), without loading anything."""
+        """1 (grey), 3 (RGB) or 2 (the polarities of events), without loading anything."""
         return CHANNELS.get(self.name) or self.channels or 3
 
     def class_names(self) -> tuple[str, ...]:
@@ -85,14 +117,17 @@ class DataSpec(Spec):
     def load(self, split: Part) -> ImageSet:
         """The split's images [N, C, image_size, image_size] in the set's own order, and their labels.
 
-        MNIST, Fashion-MNIST, CIFAR-10 and CelebA are split officially (CelebA's validation part is unused),
-        digits and folders as `digits` and `scan_folder` say. UserError: data absent, or damaged.
+        Those of event sets are [N, frames, 2, image_size, image_size]. MNIST, Fashion-MNIST, CIFAR-10 and CelebA are
+        split officially (CelebA's validation part is unused), digits, folders and recordings of events as `digits`,
+        `scan_folder` and `recordings` say. UserError: data absent, or damaged.
         """
         if split == "validation" or (split == "train" and self.validation):
             return self._part(split)
         limit = self.train_limit if split == "train" else None
         if self.name in ("celeba", "folder"):
             return self._load_files(split, limit)
+        if self.is_events:
+            return self._load_events(split, limit)
         if self.name == "digits":
             images, labels = small_sets.digits(split)
         elif self.name == "cifar10":
@@ -125,6 +160,16 @@ class DataSpec(Spec):
         shape = (self.image_channels(), self.image_size, crop)
         images = decode_files(paths[:limit], *shape, root=root, cache=default_root() / "cache" / self.name)
         return ImageSet(images, torch.tensor(labels[:limit]) if classes else None, classes)
+
+    def _load_events(self, split: Split, limit: int | None) -> ImageSet:
+        shape, cache = FrameShape(self.frames, self.binning, self.image_size), default_root() / "cache" / self.name
+        if self.name == "event_mnist":
+            still, labels = small_sets.mnist(datasets.MNIST, self._root(), split, self.download)
+            still, labels = still[:limit], labels[:limit]
+            images = saccades.simulated(still, split, self.event_seed, shape, cache)
+        else:
+            images, labels = recordings(self.name, self._root(), split, limit, shape, self.download, cache)
+        return ImageSet(images, labels, self.class_names())
 
     def _root(self) -> Path:
         return default_root() if self.root is None else self.root.expanduser()

@@ -1,10 +1,11 @@
-"""Image files as square uint8 images, decoded once into a memory-mapped array."""
+"""Files as uint8 arrays, decoded once into a memory-mapped array; image files as square images."""
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +18,8 @@ from spikegen.progress import progress_bar
 from spikegen.spec import UserError
 from spikegen.storage import replacing, user_mistakes
 
+Item = TypeVar("Item")
+
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
@@ -27,22 +30,34 @@ def decode_files(
 
     `cache` is how the names of the files to keep them in begin; such a file may be deleted at any time.
     """
-    files = [_stamp(path, root) for path in paths]
-    key = hashlib.sha256(json.dumps([size, channels, crop, files]).encode()).hexdigest()
-    kept, shape = cache.with_name(f"{cache.name}-{key[:20]}.npy"), (len(paths), channels, size, size)
+    key = [size, channels, crop, [stamp(path, root) for path in paths]]
+    decoded = in_parallel(lambda path: decode(path, channels, size, crop), paths)
+    return keep(cache, key, (len(paths), channels, size, size), decoded)
+
+
+def keep(
+    cache: Path, key: Sequence[object], shape: tuple[int, ...], rows: Iterable[UInt8[np.ndarray, "..."]]
+) -> UInt8[Tensor, "..."]:
+    """The rows as one memory-mapped tensor of this shape, from the file that holds them, or else written now.
+
+    `cache` is how the file's name begins. `key` (JSON) is all that determines the rows, which are only asked for
+    when no such file is there.
+    """
+    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
+    kept = cache.with_name(f"{cache.name}-{digest[:20]}.npy")
     if not _holds(kept, shape):
         with replacing(kept) as beside, open(beside, "wb") as out:
             # Written in sequence, not through a map: a disk that fills is then an error and not a crash.
             header = {"descr": "|u1", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(out, header)
-            for pixels in _in_parallel(lambda path: decode(path, channels, size, crop), paths):
-                out.write(pixels.tobytes())
+            for row in rows:
+                out.write(row.tobytes())
     # Copy-on-write: torch warns of read-only arrays.
     return torch.from_numpy(np.load(kept, mmap_mode="c", allow_pickle=False))
 
 
-def _stamp(path: Path, root: Path) -> tuple[str, int, int]:
-    """What changes when an image does: relative path, size in bytes, time of change in ns."""
+def stamp(path: Path, root: Path) -> tuple[str, int, int]:
+    """What changes when a file does: relative path, size in bytes, time of change in ns."""
     with user_mistakes("read", path):
         stat = path.stat()
     return path.relative_to(root).as_posix(), stat.st_size, stat.st_mtime_ns
@@ -56,12 +71,12 @@ def _holds(path: Path, shape: tuple[int, ...]) -> bool:
         return False
 
 
-def _in_parallel(function: Callable[[Path], np.ndarray], paths: list[Path]) -> Iterator[np.ndarray]:
-    """function(path) of each path, in order. In threads: Pillow releases the GIL."""
+def in_parallel(function: Callable[[Item], np.ndarray], items: Sequence[Item]) -> Iterator[np.ndarray]:
+    """function(item) of each item, in order. In threads, for what releases the GIL, as Pillow does."""
     with progress_bar() as bar, ThreadPoolExecutor() as pool:
-        task = bar.add_task("decoding", total=len(paths), info="")
-        for start in range(0, len(paths), 256):
-            yield from pool.map(function, paths[start : start + 256])
+        task = bar.add_task("decoding", total=len(items), info="")
+        for start in range(0, len(items), 256):
+            yield from pool.map(function, items[start : start + 256])
             bar.update(task, advance=256, info=f"{bar.tasks[0].speed or 0:.0f}/s")
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import shutil
 import socket
 import sys
 from collections.abc import Iterator
@@ -76,3 +77,44 @@ def _downloading() -> Iterator[None]:
 
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def not_installed(error: ImportError) -> UserError:
+    """The error for event data without the packages that read it."""
+    return UserError(f"this event data needs the package {error.name}: pip install spikegen-vae[events]")
+
+
+def fetch_recordings(dataset: str, split: str, folder: Path, root: Path, download: bool) -> None:
+    """Let tonic download and unpack its data set of that name, then move the unpacked one to `folder`.
+
+    It is unpacked beside, so that `folder` is there whole or not at all. UserError: off, or it failed.
+    """
+    if not download:
+        raise UserError(f"{folder} is absent (data.download is off); put it there, or set data.root (now {root})")
+    beside = root / f".{dataset}.part"
+    inside = beside / folder.relative_to(root)
+    try:
+        with _downloading():
+            _unpack(dataset, split, beside, inside)
+    except ImportError as error:
+        raise not_installed(error) from None
+    except Exception as error:  # tonic lets through what its downloads and unpackers raise
+        raise UserError(f"{folder}: downloading failed ({_first_line(error)}); put it there by hand") from None
+    with user_mistakes("write", folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        inside.rename(folder)
+        shutil.rmtree(beside)
+
+
+def _unpack(dataset: str, split: str, beside: Path, inside: Path) -> None:
+    import tonic
+    from tonic.download_utils import extract_archive
+
+    kind = getattr(tonic.datasets, dataset)
+    if dataset in ("DVSGesture", "NMNIST"):
+        kind(str(beside), train=split == "train")
+    else:
+        kind(str(beside))
+    if not inside.is_dir():  # N-Caltech101's archive holds another, which tonic leaves packed
+        (packed,) = beside.rglob(f"{inside.name}.zip")
+        extract_archive(str(packed), str(inside.parent))

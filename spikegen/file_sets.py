@@ -90,21 +90,21 @@ def _split(root: Path) -> dict[Split, tuple[Path, list[Path]]]:
     train, test = root / "train", root / "test"
     if train.is_dir() and test.is_dir():
         return {
-            "train": (train, [name for _, name in _list_images(train)]),
-            "test": (test, [name for _, name in _list_images(test)]),
+            "train": (train, [name for _, name in list_files(train, IMAGE_SUFFIXES)]),
+            "test": (test, [name for _, name in list_files(test, IMAGE_SUFFIXES)]),
         }
-    found = _list_images(root)
+    found = list_files(root, IMAGE_SUFFIXES)
     tests = sum(digest[0] < 26 for digest, _ in found)  # 26 of a byte's 256 values
     tests = min(max(tests, 1), max(len(found) - 1, 0))
     names = [name for _, name in found]
     return {"train": (root, names[tests:]), "test": (root, names[:tests])}
 
 
-def _list_images(base: Path) -> list[tuple[bytes, Path]]:
-    """Hash and relative path of every image below `base`, hidden ones left out, in the order of the hashes.
+def list_files(base: Path, suffixes: tuple[str, ...]) -> list[tuple[bytes, Path]]:
+    """Hash and relative path of every file below `base` that ends so, hidden ones left out, in the hashes' order.
 
     That order is the same everywhere and mixes the classes, which `train_limit` needs.
     """
-    found = [p.relative_to(base) for p in base.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()]
+    found = [p.relative_to(base) for p in base.rglob("*") if p.suffix.lower() in suffixes and p.is_file()]
     shown = [name for name in found if not any(part.startswith(".") for part in name.parts)]
     return sorted((hashlib.sha256(name.as_posix().encode()).digest(), name) for name in shown)

@@ -1,4 +1,4 @@
-"""Images as uint8 tensors [N, C, H, W] of grey levels, as the model's floats, and with their labels."""
+"""Images as uint8 tensors of grey levels or of counts of events, as the model's floats, and with their labels."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -15,9 +15,13 @@ Part = Literal["train", "validation", "test"]
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images (uint8, 0..255), their labels, and the labels' names: no `classes` where there are no labels."""
+    """Images (uint8), their labels, and the labels' names: no `classes` where there are no labels.
 
-    images: UInt8[Tensor, "N C H W"]
+    Images are grey levels or colours [N, C, H, W], or frames of events [N, T, 2, H, W], time first in each sample: how
+    many events of each polarity (0: darker, 1: brighter) a pixel had in a time step, 255 at most.
+    """
+
+    images: UInt8[Tensor, "N *shape H W"]
     labels: Int64[Tensor, "N"] | None
     classes: tuple[str, ...]
 

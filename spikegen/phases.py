@@ -7,6 +7,7 @@ from accelerate.utils import broadcast
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from spikegen.augment import augment
 from spikegen.classifier import SpikingClassifier
 from spikegen.config import ClassifierLosses, Config, LossesConfig, PriorConfig, RefinementConfig
 from spikegen.data import ImageSet, to_model
@@ -53,10 +54,13 @@ def classifier_phase(session: Session, model: SpikingClassifier) -> Phase:
     assert isinstance(spec, ClassifierLosses)
     average = average_of(model, settings.ema)
     averaged = cast(SpikingClassifier, average.module)
+    empty = 0.0 if session.config.data.is_events else -1.0  # no events, or black
 
     def loss(wrapped: nn.Module, image: Tensor, label: Tensor | None, progress: float) -> Parts:
         assert label is not None
         target = F.one_hot(label, len(model.classes)).float()
+        if settings.augment is not None:
+            image, target = augment(settings.augment, image, target, empty)
         output = wrapped(image)
         with torch.autocast(image.device.type, enabled=False):
             return classifier_parts(output, target, spec)
