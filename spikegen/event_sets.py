@@ -16,6 +16,7 @@ from spikegen.file_sets import Files, list_files
 from spikegen.images import Split
 from spikegen.order import permutation
 from spikegen.spec import UserError, suggest
+from spikegen.storage import user_mistakes
 
 SPLIT_SEED = 0  # of the split of the sets that have no official one
 
@@ -124,10 +125,15 @@ def recordings(
 
 def _frames(kind: Recordings, path: Path, shape: FrameShape) -> UInt8[np.ndarray, "T 2 H W"]:
     try:
-        events = kind.read(path)
+        with user_mistakes("read", path):
+            events = kind.read(path)
+    except (UserError, OSError):
+        raise
     except ImportError as error:
         raise not_installed(error) from None
-    except Exception:  # the readers raise nearly anything when a file is damaged
+    except BaseException as error:  # nearly anything where a file is damaged; a panic of aedat's is no Exception
+        if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
+            raise
         raise UserError(f"{path}: cut short, or no recording of {kind.tonic}; put the published file there") from None
     check_events(events, kind.sensor, path)
     return to_frames(events, kind.sensor, shape)

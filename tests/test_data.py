@@ -22,6 +22,12 @@ from tests.inputs import mistake, picture
         ({"name": "celeba", "attribute": "Smilng"}, "did you mean Smiling?"),
         ({"name": "mnist", "attribute": "Smiling"}, "attribute is for name 'celeba'"),
         ({"name": "mnits"}, "did you mean mnist?"),
+        ({"name": "mnist", "frames": 4}, "frames is for name dvs128_gesture or"),
+        ({"name": "folder", "root": "x", "binning": "time"}, "binning is for name"),
+        ({"name": "n_mnist", "event_seed": 1}, "event_seed is for name event_mnist, not 'n_mnist'"),
+        ({"name": "n_mnist", "frames": 0}, "frames"),
+        ({"name": "n_mnist", "binning": "tiem"}, "did you mean time?"),
+        ({"name": "event_mnist", "channels": 1}, "channels is 1, but event_mnist has 2"),
         ({"train_limit": 0}, "train_limit"),
     ],
 )
@@ -36,6 +42,11 @@ def test_facts_need_no_data() -> None:
     assert DataSpec(name="folder", root="x").image_channels() == 3
     assert DataSpec(name="celeba", attribute="Bald").class_names() == ("not Bald", "Bald")
     assert len(DataSpec(name="cifar10").class_names()) == 10
+    assert not DataSpec(name="mnist", frames=10, binning="count").is_events  # the defaults are no mistake
+    events = {"dvs128_gesture": 11, "cifar10_dvs": 10, "n_caltech101": 101, "n_mnist": 10, "event_mnist": 10}
+    for name, classes in events.items():
+        spec = DataSpec(name=name, frames=16, binning="time")
+        assert (spec.is_events, spec.image_channels(), len(set(spec.class_names()))) == (True, 2, classes)
 
 
 def test_train_limit_keeps_the_first() -> None:

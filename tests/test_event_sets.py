@@ -149,6 +149,26 @@ def test_a_recording_cut_short_is_named(name: str, tmp_path: Path) -> None:
     assert not list((tmp_path / "own").rglob("*.npy"))
 
 
+def test_a_readers_panic_is_a_damaged_file_and_an_interrupt_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Panic(BaseException):
+        """As what aedat, written in Rust, raises at some damaged headers."""
+
+    def fail(error: BaseException) -> None:
+        def read(path: str) -> None:
+            raise error
+
+        monkeypatch.setattr("tonic.io.read_aedat4", read)
+
+    made("cifar10_dvs", tmp_path)
+    fail(Panic())
+    mistake(lambda: load("cifar10_dvs", tmp_path), str(tmp_path), "no recording of CIFAR10DVS")
+    fail(KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        load("cifar10_dvs", tmp_path)
+
+
 @pytest.mark.parametrize("name", ["dvs128_gesture", "cifar10_dvs", "n_mnist", "n_caltech101"])
 def test_an_impossible_recording_is_named(name: str, tmp_path: Path) -> None:
     if name == "cifar10_dvs":
