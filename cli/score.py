@@ -27,7 +27,7 @@ def command(
     protocol: str | None, statistics: Path | None, out: Path | None, device: str,
     **sampling: Any,
 ) -> None:  # fmt: skip
-    """Score SOURCE, a run, a saved model or a folder of images, against real images."""
+    """Score SOURCE, a run, a saved model or a folder of images, against real images; a classifier by its accuracy."""
     from spikegen.runs import scores_path
     from spikegen.sampling import Sampling
     from spikegen.scoring import score
@@ -42,3 +42,9 @@ def command(
     )
     write_json(path, result.to_json())
     click.echo(f"{result.table()}\n{path}")
+    if "confusion" in result.settings:
+        from spikegen.grading import draw_confusion
+
+        picture = path.with_name("confusion.png")
+        draw_confusion(result.settings["confusion"], result.settings["classes"], picture)
+        click.echo(picture)

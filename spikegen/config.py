@@ -147,6 +147,8 @@ class ScoringConfig(Spec):
     num: int = Field(5_000, ge=2)
     seed: int = Field(0, ge=0, lt=2**63)
     batch_size: int = Field(250, ge=1)
+    votes: int = Field(1, ge=1, le=2**10)
+    """Views of each test image whose outputs a classifier averages: itself, and others augmented as in training."""
 
 
 class Config(Spec):
@@ -199,6 +201,8 @@ def _check_vae(config: Config, model: ModelConfig) -> None:
         raise ValueError(f"prior needs model.latent.kind spatial, not {kind}, which has a prior of its own")
     if config.training.augment is not None:
         raise ValueError("training.augment is for classifiers; an autoencoder's images are only flipped (data.flip)")
+    if config.scoring.votes != 1:
+        raise ValueError("scoring.votes is of a classifier; set it to 1")
     if config.data.is_events:
         raise ValueError(f"data.name {config.data.name} is of events, which only a classifier takes (model.kind)")
 
@@ -217,6 +221,8 @@ def _check_classifier(config: Config, model: ClassifierConfig) -> None:
         raise ValueError("training.prior_lr is for latents, which a classifier has not; set it to 1")
     if config.scoring.extractor is not None or "metrics" in config.scoring.model_fields_set:
         raise ValueError("scoring.extractor and scoring.metrics are of generated images; a classifier has none")
+    if config.scoring.votes > 1 and config.training.augment is None:
+        raise ValueError("scoring.votes takes views augmented as in training: it needs training.augment")
     if data.is_events != (model.encoding.kind == "frames"):
         right = "frames" if data.is_events else "direct, rate or latency"
         raise ValueError(f"model.encoding.kind is {model.encoding.kind}, but data.name {data.name} needs {right}")

@@ -1,6 +1,8 @@
 """How well a classifier does: its predictions, their accuracy, and what it takes for what."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int64, Shaped
@@ -8,21 +10,80 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from spikegen.augment import AugmentSpec, augment
 from spikegen.classifier import SpikingClassifier
+from spikegen.config import Config
 from spikegen.images import to_input
+from spikegen.resampling import Interval, mean_interval
+from spikegen.spec import UserError
 from spikegen.storage import replacing
+
+VIEW_CHUNK = 250
+"""Images that are augmented at once, so that a view does not depend on how many are classified at once."""
 
 
 @torch.no_grad()
 def predict(
-    model: SpikingClassifier, images: Shaped[Tensor, "N *image"], batch_size: int = 250, seed: int = 0
+    model: SpikingClassifier,
+    images: Shaped[Tensor, "N *image"],
+    batch_size: int = 250,
+    seed: int = 0,
+    *,
+    votes: int = 1,
+    views: AugmentSpec | None = None,
 ) -> Float[Tensor, "N K"]:
-    """Logits, on the CPU, of uint8 images or frames; the draws of an encoding do not depend on `batch_size`."""
-    parts = [
-        model.classify(to_input(part.to(model.device)), seed, batch_size * k).float().cpu()
-        for k, part in enumerate(images.split(batch_size))
-    ]
+    """Logits, on the CPU, of uint8 images or frames; the draws of an encoding do not depend on `batch_size`.
+
+    With more than one vote they are the mean over each image and votes - 1 views of it, augmented as `views` says.
+    """
+    parts = []
+    for k, chunk in enumerate(images.split(VIEW_CHUNK)):
+        shown = to_input(chunk.to(model.device))
+        total = _logits(model, shown, batch_size, seed, VIEW_CHUNK * k)
+        for vote in range(1, votes):
+            assert views is not None
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed + 2**20 * vote + k)
+                view, _ = augment(views, shown, shown.new_zeros(len(shown), 1), 0.0 if chunk.dim() == 5 else -1.0)
+            total = total + _logits(model, view, batch_size, seed + vote, VIEW_CHUNK * k)
+        parts.append(total / votes)
     return torch.cat(parts)
+
+
+def _logits(model: SpikingClassifier, images: Tensor, batch_size: int, seed: int, first: int) -> Tensor:
+    starts = range(0, len(images), batch_size)
+    return torch.cat([model.classify(images[i : i + batch_size], seed, first + i).float().cpu() for i in starts])
+
+
+def grade(
+    model: SpikingClassifier, config: Config, precision: str = "fp32"
+) -> tuple[dict[str, Interval], dict[str, Any]]:
+    """The test split's accuracy, and what made it: counts of what was taken for what among it."""
+    test, choice = config.data.load("test"), config.scoring
+    assert test.labels is not None
+    if test.classes != model.classes:
+        raise UserError(f"the model knows the classes {', '.join(model.classes)}, not those of {config.data.name}")
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        logits = predict(
+            model, test.images, choice.batch_size, choice.seed, votes=choice.votes, views=config.training.augment
+        )
+    if not bool(logits.isfinite().all()):
+        raise UserError("a logit is not a finite number; the model has broken weights")
+    predicted = logits.argmax(1)
+    counts = confusion(predicted, test.labels, len(model.classes))
+    settings = {
+        "reference": config.data.name,
+        "split": "test",
+        "num_real": len(test),
+        "seed": choice.seed,
+        "votes": choice.votes,
+        "precision": precision,
+        "batch_size": choice.batch_size,
+        "num_steps": model.config.num_steps,
+        "classes": list(model.classes),
+        "confusion": counts.tolist(),
+    }
+    return {"accuracy": mean_interval(predicted == test.labels, choice.seed)}, settings
 
 
 def confusion(
@@ -32,18 +93,19 @@ def confusion(
     return (labels * classes + predicted).bincount(minlength=classes**2).view(classes, classes)
 
 
-def draw_confusion(counts: Int64[Tensor, "K K"], classes: tuple[str, ...], path: Path) -> None:
+def draw_confusion(counts: Sequence[Sequence[int]], classes: Sequence[str], path: Path) -> None:
     """A picture of the matrix: each row in parts of its class, with the counts where there is room for them."""
+    matrix = torch.tensor(counts)
     size = max(4.0, 0.45 * len(classes) + 2)
     figure = Figure(figsize=(size, size), layout="constrained")
     axes = figure.add_subplot()
-    parts = counts / counts.sum(1, keepdim=True).clamp(min=1)
+    parts = matrix / matrix.sum(1, keepdim=True).clamp(min=1)
     axes.imshow(parts.numpy(), vmin=0, vmax=1, cmap="Blues")
     if len(classes) <= 20:
         for i in range(len(classes)):
             for j in range(len(classes)):
                 colour = "white" if parts[i, j] > 0.5 else "black"
-                axes.text(j, i, str(counts[i, j].item()), ha="center", va="center", fontsize=7, color=colour)
+                axes.text(j, i, str(counts[i][j]), ha="center", va="center", fontsize=7, color=colour)
     step = max(1, len(classes) // 30)
     axes.set_xticks(range(0, len(classes), step), classes[::step], rotation=90, fontsize=8)
     axes.set_yticks(range(0, len(classes), step), classes[::step], fontsize=8)

@@ -13,10 +13,12 @@ from typing import Any
 
 from torch import Tensor
 
-from spikegen.config import ScoringConfig
+from spikegen.classifier import SpikingClassifier
+from spikegen.config import Config, ScoringConfig
 from spikegen.data import default_root
 from spikegen.extractors import Extractor, Features, default_extractor, load_extractor
 from spikegen.features import extract, file_hash, published_statistics, real_statistics
+from spikegen.grading import grade
 from spikegen.manifold import coverage, density, novelty, precision, recall
 from spikegen.metrics import (
     RECONSTRUCTION,
@@ -35,7 +37,7 @@ from spikegen.protocols import PROTOCOLS, Protocol
 from spikegen.references import BATCH, Batches, Reference, floor_images, image_shape, load_reference, read_folder
 from spikegen.requirements import FRECHET, ScoreWarning, Source, check_counts, check_metrics, check_variety, lacking
 from spikegen.resampling import Interval
-from spikegen.runs import open_vae, pick_device
+from spikegen.runs import open_run, pick_device
 from spikegen.sampling import Sampling, generate
 from spikegen.spec import UserError, suggest
 from spikegen.vae import SpikingVAE
@@ -88,7 +90,17 @@ def score(
         if sampling != Sampling():
             raise UserError(f"{source} is a folder of images, which nothing draws: omit {sampling.options()}")
         return _score_folder(given, reference, metrics, num, extractor, device, fixed, statistics)
-    model, config = open_vae(source, device)
+    model, config = open_run(source, device)
+    if isinstance(model, SpikingClassifier):
+        given_options = {
+            "reference": reference,
+            "metrics": metrics,
+            "num": num,
+            "extractor": extractor,
+            "protocol": protocol,
+            "statistics": statistics,
+        }
+        return _grade(str(source), model, config, sampling, [f"--{k}" for k, v in given_options.items() if v])
     sampling.set(model)
     if reference is None and config is None:
         raise UserError(f"{source} names no data: give --reference, a data set's name or a folder")
@@ -116,6 +128,21 @@ def score(
         images, real, network, chosen, seed=choice.seed, cache=_cache_folder(), source=offered, protocol=fixed,
         statistics=statistics,
     )  # fmt: skip
+
+
+def _grade(
+    source: str, model: SpikingClassifier, config: Config | None, sampling: Sampling, others: list[str]
+) -> Score:
+    """A classifier's accuracy on its test split; `others` are the options that only generated images have a use for."""
+    if without := sampling.model_copy(update={"precision": "fp32"}).options():
+        others = [*others, without]
+    if others:
+        raise UserError(f"{source} is a classifier, whose score is its accuracy: omit {', '.join(others)}")
+    if config is None:
+        raise UserError(f"{source} has no config.yaml that names its data; give a run folder")
+    metrics, settings = grade(model, config, sampling.precision)
+    made = {"model_sha256": weights_hash(model.state_dict()), "versions": _versions()}
+    return Score(metrics, settings | made)
 
 
 def _classifier(model: SpikingVAE, real: Reference, seed: int) -> Network | None:
@@ -277,7 +304,6 @@ def _logits(seen: Features) -> Tensor:
 
 
 def _settings(reference: Reference, extractor: Extractor, count: int, seed: int) -> dict[str, Any]:
-    packages = {"spikegen": "spikegen-vae"} | {name: name for name in PACKAGES}
     return {
         "extractor": extractor.settings(),
         "reference": reference.name,
@@ -288,7 +314,13 @@ def _settings(reference: Reference, extractor: Extractor, count: int, seed: int)
         "channels": reference.images.shape[1],
         "is_splits": inception_splits(count),
         "seed": seed,
-        "versions": {name: _version(package) for name, package in packages.items()},
+        "versions": _versions(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    return {
+        name: _version(package) for name, package in ({"spikegen": "spikegen-vae"} | {p: p for p in PACKAGES}).items()
     }
 
 

@@ -27,12 +27,12 @@ def test_the_confusion_matrix_is_that_of_a_loop(tmp_path):
         for j in range(4):
             both = sum(1 for p, y in zip(predicted, labels, strict=True) if (y, p) == (i, j))
             assert counts[i, j] == both
-    draw_confusion(counts, ("cat", "dog", "bird", "fish"), tmp_path / "confusion.png")
+    draw_confusion(counts.tolist(), ("cat", "dog", "bird", "fish"), tmp_path / "confusion.png")
     with Image.open(tmp_path / "confusion.png") as picture:
         assert min(picture.size) > 300
 
 
 def test_a_hundred_classes_can_be_drawn(tmp_path):
     counts = torch.randint(9, (101, 101))
-    draw_confusion(counts, tuple(f"class {k}" for k in range(101)), tmp_path / "confusion.png")
+    draw_confusion(counts.tolist(), tuple(f"class {k}" for k in range(101)), tmp_path / "confusion.png")
     assert (tmp_path / "confusion.png").stat().st_size > 10_000

@@ -333,7 +333,7 @@ def test_a_model_is_scored_with_every_metric():
     config = load_config("digits")
     model = build_model(config, tuple("0123456789"))
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
-        patch.setattr(scoring, "open_vae", lambda *_: (model.eval(), config))
+        patch.setattr(scoring, "open_run", lambda *_: (model.eval(), config))
         warnings.simplefilter("ignore", ScoreWarning)
         found = score("run", num=20)
     usual = set(ScoringConfig().metrics) - {"fad", "fad_floor"}
