@@ -1,9 +1,13 @@
 """spikegen train."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from spikegen.cli import device
+
+if TYPE_CHECKING:
+    from spikegen.config import Config
 
 
 @click.command()
@@ -25,8 +29,21 @@ def command(
 
         summary = build(resolved)
         click.echo(dump_config(resolved), nl=False)
-        click.echo(summary, err=True)
+        click.echo(summary + _mixture(resolved), err=True)
         return
     from spikegen.training import train
 
     click.echo(train(resolved, out or Path("runs", Path(config).stem), resume=resume, device=device))
+
+
+def _mixture(config: "Config") -> str:
+    """What a learnt prior has beside its parameters."""
+    import torch
+
+    from spikegen.training import build_model
+
+    if config.prior is None:
+        return ""
+    with torch.device("meta"):
+        prior = build_model(config, config.data.class_names()).add_prior(config.prior.network)
+    return f"; and {prior.mixture.size:,} numbers of the prior's mixture"

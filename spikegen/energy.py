@@ -231,5 +231,6 @@ def report(model: SpikingVAE, config: Config | None, images: int = 64) -> str:
             f"microjoules an image at {MAC_PICOJOULES} and {AC_PICOJOULES} pJ; "
             f"{profile.firing_rate:.3f} spikes a neuron a step"
         )
-    lines.append(f"parameters: {sum(p.numel() for p in model.parameters()):,}; engine: {engine}")
+    mixture = f" and {model.prior.mixture.size:,} numbers of the prior's mixture" if model.prior else ""
+    lines.append(f"parameters: {sum(p.numel() for p in model.parameters()):,}{mixture}; engine: {engine}")
     return "\n".join(lines)

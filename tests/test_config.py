@@ -82,6 +82,8 @@ def test_esvaes_presets_have_its_papers_setting(data: str, size: int, lr: float,
     assert (training.lr, training.batch_size, training.epochs, training.prior_lr) == (lr, batch, 300, 10)
     assert (training.losses.prior, training.losses.prior_weight, training.seed) == ("rbf", 1e-3, 42)
     assert (training.weight_decay, training.schedule) == (1e-3, "constant")
+    assert (training.betas, training.warmup, training.clip, training.ema) == ((0.9, 0.999), 0, None, 0)
+    assert esvae.data == fsvae.data
     assert esvae.model.model_copy(update={"latent": fsvae.model.latent}) == fsvae.model
     # parameters in use, counted from the authors' code, in millions
     count = int(dry_run(esvae).split()[0].replace(",", ""))
@@ -93,14 +95,21 @@ def test_taid_is_fsvae_with_steps_mixed_in_the_readout(data: str) -> None:
     taid, fsvae = (load_config(f"{paper}_{data}") for paper in ("taid", "fsvae"))
     assert taid.model.readout.model_dump() == {"kind": "tcja", "kernel_t": None, "kernel_c": 1, "reduce": "sum"}
     assert taid.model.model_copy(update={"readout": fsvae.model.readout}) == fsvae.model
-    assert taid.training == fsvae.training
+    assert (taid.training, taid.data) == (fsvae.training, fsvae.data)
 
 
-@pytest.mark.parametrize(("data", "batches"), [("mnist", 240), ("cifar10", 200), ("celeba", 652)])
+@pytest.mark.parametrize(
+    ("data", "batches"), [("mnist", 240), ("fashion_mnist", 240), ("cifar10", 200), ("celeba", 652)]
+)
 def test_the_ann_vae_has_no_spikes_and_its_papers_weight(data: str, batches: int) -> None:
     ann, fsvae = (load_config(f"{paper}_{data}") for paper in ("ann", "fsvae"))
     assert (ann.model.num_steps, ann.model.neuron.kind, ann.model.latent.kind) == (1, "relu", "gaussian")
-    assert ann.model.stages == fsvae.model.stages
+    for key in ("encoding", "stages", "readout", "head", "attention", "conditional"):
+        assert getattr(ann.model, key) == getattr(fsvae.model, key)
+    assert (ann.model.latent.size, ann.model.neuron.slope) == (128, 0.01)  # type: ignore[union-attr]
+    assert ann.training.losses.prior == "kl"
+    assert ann.training.model_copy(update={"losses": fsvae.training.losses}) == fsvae.training
+    assert (ann.data, ann.scoring) == (fsvae.data, fsvae.scoring)
     assert ann.training.losses.prior_weight == pytest.approx(1 / batches, rel=1e-3)
 
 
