@@ -229,8 +229,10 @@ def report(model: SpikingVAE | SpikingClassifier, config: Config | None, images:
             f"microjoules an image at {MAC_PICOJOULES} and {AC_PICOJOULES} pJ; "
             f"{profile.firing_rate:.3f} spikes a neuron a step"
         )
+    learnt = model.prior if isinstance(model, SpikingVAE) else None
+    mixture = f" and {learnt.mixture.size:,} numbers of the prior's mixture" if learnt else ""
     engine = choose(model.config.engine, model.device, steps=model.config.num_steps)
-    lines.append(f"parameters: {sum(p.numel() for p in model.parameters()):,}; engine: {engine}")
+    lines.append(f"parameters: {sum(p.numel() for p in model.parameters()):,}{mixture}; engine: {engine}")
     return "\n".join(lines)
 
 

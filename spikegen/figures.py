@@ -1,23 +1,24 @@
 """Pictures of a run that explain it: curves, the grid over training, spikes, attention, interpolations, neighbours."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Int64, UInt8
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from spikegen.attention import TCJA
 from spikegen.config import Config
 from spikegen.data import to_model, to_uint8
 from spikegen.draws import uniform_per_image
 from spikegen.extractors import CNN_SIZES, load_extractor
 from spikegen.features import extract
+from spikegen.gates import record_gates
 from spikegen.latents import GaussianPosterior, Posterior
 from spikegen.manifold import nearest
 from spikegen.plots import save_grid
@@ -27,23 +28,22 @@ from spikegen.spec import UserError
 from spikegen.storage import replacing
 from spikegen.vae import SpikingVAE
 
-CURVES = (
-    ("loss",), ("recon", "test_recon"), ("accuracy", "test_accuracy"), ("prior_entropy", "test_prior_entropy"),
-    ("firing_rate",), ("images_per_second",),
-)  # fmt: skip
+AXES = ("images_seen", "epoch")
+"""Keys of metrics.jsonl that other keys are drawn over."""
 
 
 def draw_all(run: Run, model: SpikingVAE, config: Config, count: int = 8) -> list[Path]:
     """Write every picture that the run has the means for into RUN/plots; the files, in order."""
     folder = run.path / "plots"
-    images = config.data.load("test").images[:count]
+    data = config.data.load("test")
+    images, labels = data.images[:count], None if data.labels is None else data.labels[:count]
     if not len(images):
         raise UserError(f"{run.path}: its data has no test images to draw")
     drawings: dict[str, Callable[[Path], bool]] = {
         "curves": lambda path: curves(run.rows(), path),
         "progress": lambda path: progress(run.samples, path),
         "spikes": lambda path: spikes(model, images, path),
-        "attention": lambda path: attention(model, images, path),
+        "attention": lambda path: attention(model, images, labels, path),
         "interpolations": lambda path: interpolations(model, images, path),
         "neighbours": lambda path: neighbours(model, config, path, count),
     }
@@ -51,17 +51,21 @@ def draw_all(run: Run, model: SpikingVAE, config: Config, count: int = 8) -> lis
 
 
 def curves(rows: list[dict[str, Any]], path: Path) -> bool:
-    """What metrics.jsonl has, over images seen; False where it has nothing."""
-    panels = [names for names in CURVES if any(name in row for row in rows for name in names)]
+    """Every number that metrics.jsonl has, over images seen; False where it has none."""
+    panels: dict[str, list[str]] = {}  # what is measured in training and in a test goes into one
+    for name in dict.fromkeys(key for row in rows for key, value in row.items() if isinstance(value, int | float)):
+        if name not in AXES:
+            panels.setdefault(name.removeprefix("test_"), []).append(name)
     if not panels:
         return False
-    figure = Figure(figsize=(9, 2.6 * ((len(panels) + 1) // 2)), layout="constrained")
-    for i, names in enumerate(panels, 1):
-        axes = figure.add_subplot((len(panels) + 1) // 2, 2, i)
+    columns = min(3, len(panels))
+    lines = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(4.5 * columns, 2.6 * lines), layout="constrained")
+    for i, names in enumerate(sorted(panels.values(), key=lambda names: names[0] != "loss"), 1):
+        axes = figure.add_subplot(lines, columns, i)
         for name in names:
             seen = [(r["images_seen"], r[name]) for r in rows if name in r]
-            if seen:
-                axes.plot(*zip(*seen, strict=True), label=name, marker="." if name.startswith("test") else "")
+            axes.plot(*zip(*seen, strict=True), label=name, marker="." if name.startswith("test_") else "")
         axes.set_xlabel("images seen")
         axes.legend()
     _save(figure, path)
@@ -110,27 +114,27 @@ def spikes(model: SpikingVAE, images: UInt8[Tensor, "N C H W"], path: Path) -> b
     return True
 
 
-@torch.no_grad()
-def attention(model: SpikingVAE, images: UInt8[Tensor, "N C H W"], path: Path) -> bool:
-    """Every TCJA block's gate, channels (rows) over the time steps, the mean over the images; False without blocks."""
-    gates: dict[str, Tensor] = {}
-    hooks = []
-    for name, module in model.named_modules():
-        if isinstance(module, TCJA):
-            hooks.append(module.register_forward_pre_hook(_recorder(gates, name)))
-    try:
-        model(to_model(images).to(model.device), *_labels(model, len(images)))
-    finally:
-        for hook in hooks:
-            hook.remove()
+def attention(
+    model: SpikingVAE, images: UInt8[Tensor, "N C H W"], labels: Int64[Tensor, " N"] | None, path: Path
+) -> bool:
+    """Every gate of every attention block, the prior's too, the mean over the images; False without blocks.
+
+    Channels (rows) over the time steps; a space gate as an image.
+    """
+    label = None if labels is None else labels.to(model.device)
+    gates = record_gates(model, to_model(images).to(model.device), label)
     if not gates:
         return False
-    figure = Figure(figsize=(2.2 * len(gates), 4), layout="constrained")
-    for i, (name, gate) in enumerate(gates.items(), 1):
-        axes = figure.add_subplot(1, len(gates), i)
-        drawn = axes.imshow(gate.T.numpy(), aspect="auto", vmin=0, vmax=1, interpolation="nearest")
-        axes.set_title(name.removesuffix(".attention"), fontsize=8)
-        axes.set_xlabel("t")
+    columns = min(8, len(gates))
+    lines = math.ceil(len(gates) / columns)
+    figure = Figure(figsize=(2.2 * columns, 4 * lines), layout="constrained")
+    for i, gate in enumerate(gates, 1):
+        axes = figure.add_subplot(lines, columns, i)
+        drawn = axes.imshow(gate.map.numpy(), vmin=0, vmax=1, interpolation="nearest")
+        axes.set_title(gate.block if gate.kind == "joint" else f"{gate.block}: {gate.kind}", fontsize=8)
+        if gate.kind != "space":
+            axes.set_aspect("auto")
+            axes.set_xlabel("t")
     figure.colorbar(drawn, ax=figure.axes)
     _save(figure, path)
     return True
@@ -170,19 +174,6 @@ def neighbours(model: SpikingVAE, config: Config, path: Path, count: int = 8, ne
 
 
 # ---- parts of the above ----------------------------------------------------------------------------------------------
-
-
-def _recorder(gates: dict[str, Tensor], name: str) -> Callable[..., None]:
-    def record(module: TCJA, inputs: tuple[Tensor, ...]) -> None:
-        x, squeezed = inputs[0], inputs[1] if len(inputs) > 1 else None
-        gates[name] = module.gate(x if squeezed is None else squeezed).mean(1).float().cpu()
-
-    return record
-
-
-def _labels(model: SpikingVAE, count: int) -> tuple[Tensor, ...]:
-    """Some label, where the prior asks for one: what is drawn does not depend on it."""
-    return (torch.zeros(count, dtype=torch.int64, device=model.device),) if model.config.conditional else ()
 
 
 def _shown(image: UInt8[Tensor, "C H W"]) -> Any:

@@ -46,6 +46,11 @@ class BernoulliMixture(nn.Module):
         self.register_buffer("log_silence", _log_silence(self.log_odds), persistent=False)
         self.register_load_state_dict_post_hook(_count_silence)
 
+    @property
+    def size(self) -> int:
+        """How many numbers are fitted: they are buffers, so no count of parameters has them."""
+        return self.weights.numel() + self.log_odds.numel()
+
     @torch.no_grad()
     def fit(self, codes: Shaped[Tensor, "N D"], label: Int64[Tensor, " N"] | None = None) -> None:
         """To codes of zeros and ones and their labels; draws from torch's generator."""

@@ -123,7 +123,10 @@ def dry_run(config: Config) -> str:
             model.add_prior(config.prior.network)
     count = sum(p.numel() for p in model.parameters())
     learnt = model.prior if isinstance(model, SpikingVAE) else None
-    prior = f" ({sum(p.numel() for p in learnt.parameters()):,} in the prior)" if learnt else ""
+    prior = ""
+    if learnt is not None:
+        own = sum(p.numel() for p in learnt.parameters())
+        prior = f" ({own:,} in the prior, which has {learnt.mixture.size:,} numbers of its mixture beside them)"
     return f"{count:,} parameters{prior}; images {model.image_shape}; {len(model.classes)} classes"
 
 

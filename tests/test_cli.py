@@ -67,6 +67,13 @@ def test_a_dry_run_prints_a_config_that_loads(spikegen, tmp_path: Path) -> None:
     assert "epochs: 7" in out
 
 
+def test_a_dry_run_counts_the_mixture_too(spikegen) -> None:
+    err = spikegen("train", "mnist", "--set", "prior.network.components=3", "--dry-run")[2]
+    # a weight for each of 3 kinds of 10 labels; log odds of 4 x 8 x 8 x 8 bits for each of them and for all together
+    assert f"and {30 + 31 * 2048:,} numbers of the prior's mixture" in err
+    assert "mixture" not in spikegen("train", "digits", "--dry-run")[2]
+
+
 def test_train_prints_the_run_and_nothing_else_on_stdout(spikegen, tmp_path: Path) -> None:
     code, out, err = spikegen("train", "digits", *tiny_flags(), "--out", tmp_path / "run", "--device", "cpu")
     assert (code, out, err) == (0, f"{tmp_path / 'run'}\n", "")

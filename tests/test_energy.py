@@ -7,10 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from spikegen.energy import AC_PICOJOULES, MAC_PICOJOULES, _multi_gate_macs, dense_macs, measure
+from spikegen.energy import AC_PICOJOULES, MAC_PICOJOULES, _multi_gate_macs, dense_macs, measure, report
 from spikegen.multi_attention import MASpec
 from spikegen.prior import MaskedSpec
+from spikegen.training import build_model
 from spikegen.vae import ModelConfig, SpikingVAE
+from tests.tiny import tiny_config
 
 STEPS, CHANNELS, SIZE, K, IMAGES = 3, 2, 3, 2, 4
 
@@ -263,3 +265,13 @@ def test_self_attention_counts_the_coincidences_of_its_spikes():
         expected += q[t, b, own, place].sum().item() * 2  # a spike of Q adds the two counts of its column
     assert cost.acs == expected > 0
     assert cost.macs == 0
+
+
+def test_a_profile_counts_the_mixture_beside_the_parameters() -> None:
+    model = build_model(tiny_config(model__latent={"kind": "spatial", "channels": 2}), tuple("0123456789")).eval()
+    assert "mixture" not in report(model, None, images=2)
+    prior = model.add_prior(MaskedSpec(channels=4, blocks=1, heads=2, components=3, passes=2))
+    held = sum(part.numel() for name, part in model.state_dict().items() if name.startswith("prior.mixture."))
+    trained = sum(p.numel() for p in model.parameters())
+    assert prior.mixture.size == held > 0
+    assert f"parameters: {trained:,} and {held:,} numbers of the prior's mixture;" in report(model, None, images=2)

@@ -8,13 +8,17 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from matplotlib.figure import Figure
 from PIL import Image
 from spikegen.cli import main
 
-from spikegen import train
+from spikegen import figures, train
 from spikegen.data import to_model
 from spikegen.figures import attention, curves, draw_all, interpolations, neighbours, progress, spikes
+from spikegen.gates import record_gates
+from spikegen.prior import MaskedSpec
 from spikegen.runs import Run, open_run
+from spikegen.training import build_model
 from tests.tiny import tiny_config
 
 NAMES = ["curves", "progress", "spikes", "attention", "interpolations", "neighbours"]
@@ -70,6 +74,70 @@ def test_every_kind_of_latent(changes: dict[str, Any], tmp_path: Path) -> None:
     assert drawn == [n for n in NAMES if n != "attention" or config.model.attention]
 
 
+@pytest.fixture
+def figures_drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """The figures that are saved, in order."""
+    drawn: list[Figure] = []
+    monkeypatch.setattr(figures, "_save", lambda figure, path: drawn.append(figure))
+    return drawn
+
+
+def test_the_curves_are_all_that_training_logs(figures_drawn: list[Figure], tmp_path: Path) -> None:
+    """Of all three phases, each number over the images seen; one for training and test goes into one panel."""
+    network = {"channels": 4, "blocks": 1, "heads": 2, "components": 2, "attend_every": 0, "passes": 2}
+    config = tiny_config(
+        model__latent={"kind": "spatial", "channels": 2},
+        model__engine="torch",
+        data__train_limit=48,
+        training__log_every=16,
+        training__evaluate=4,
+        prior={"epochs": 1, "batch_size": 16, "network": network},
+        refinement={"epochs": 1, "batch_size": 16, "samples": 64, "width": 2},
+    )
+    rows = Run(train(config, tmp_path / "run", device="cpu")).rows()
+    assert curves(rows, tmp_path / "c.png")
+    (figure,) = figures_drawn
+    lines = {str(line.get_label()): line for axes in figure.axes for line in axes.get_lines()}
+    logged = {key for row in rows for key in row} - {"images_seen", "epoch", "engine"}
+    refinement = {"adversarial", "discriminator", "penalty", "told_apart", "recon", "test_recon"}
+    assert refinement | {"loss", "test_accuracy", "prior_entropy", "test_prior_entropy", "lr"} <= logged
+    assert set(lines) == logged
+    for name, line in lines.items():
+        expected = [(row["images_seen"], row[name]) for row in rows if name in row]
+        assert np.array_equal(np.asarray(line.get_xydata()), np.asarray(expected, dtype=float))
+    for axes in figure.axes:
+        assert len({str(line.get_label()).removeprefix("test_") for line in axes.get_lines()}) == 1
+
+
+@pytest.mark.parametrize("placement", ["post", "membrane"])
+def test_the_attention_map_has_every_gate_in_and_the_priors(
+    placement: str, figures_drawn: list[Figure], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    config = tiny_config(
+        model__latent={"kind": "spatial", "channels": 2},
+        model__attention={"kind": "csa", "placement": placement},
+        model__readout={"kind": "tcja"},
+    )
+    model = build_model(config, tuple("0123456789")).eval()
+    model.add_prior(MaskedSpec(channels=8, blocks=1, heads=2, components=2))
+    data = config.data.load("test")
+    assert data.labels is not None
+    assert attention(model, data.images[:3], data.labels[:3], tmp_path / "a.png")
+    (figure,) = figures_drawn
+    shown = {axes.get_title(): axes.get_images()[0].get_array() for axes in figure.axes if axes.get_title()}
+    stages = [
+        f"{part}.{k}: {kind}" for part in ("encoder", "decoder") for k in (0, 1) for kind in ("channels", "space")
+    ]
+    assert sorted(shown) == sorted([*stages, "readout", "prior.blocks.0.stage"])
+    label = data.labels[:3]
+    for gate in record_gates(model, to_model(data.images[:3]), label):
+        title = gate.block if gate.kind == "joint" else f"{gate.block}: {gate.kind}"
+        assert np.array_equal(np.asarray(shown[title]), gate.map.numpy())
+    assert shown["decoder.1: space"].shape == (8, 8)
+    assert shown["decoder.1: channels"].shape == (4, 2)
+
+
 def test_an_interpolation_ends_at_its_images(run: Path, tmp_path: Path) -> None:
     """The first and the last of a row are decoded from the images' own rates."""
     model, config = open_run(run)
@@ -111,7 +179,7 @@ def test_what_there_is_nothing_for_is_left_out(run: Path, tmp_path: Path) -> Non
     images = config.data.load("test").images
     assert not interpolations(model, images[:1], tmp_path / "i.png")
     assert spikes(model, images[:2], tmp_path / "s.png")
-    assert attention(model, images[:2], tmp_path / "a.png")
+    assert attention(model, images[:2], torch.zeros(2).long(), tmp_path / "a.png")
     assert sorted(f.name for f in tmp_path.iterdir()) == ["a.png", "s.png"]
 
 

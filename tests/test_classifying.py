@@ -1,0 +1,229 @@
+"""Training a classifier: it learns, resumes to the bit, keeps the test split unseen, starts from another's encoder."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from spikegen.cli import main
+
+import spikegen.data
+from spikegen import UserError, load_config
+from spikegen.augment import AugmentSpec
+from spikegen.classifier import ClassifierConfig, SpikingClassifier
+from spikegen.config import Config
+from spikegen.grading import predict
+from spikegen.images import to_input
+from spikegen.runs import Run, load_model, open_run
+from spikegen.scoring import score
+from spikegen.stopping import Interrupted
+from spikegen.training import train
+from tests.tiny import tiny_config
+
+TINY: dict[str, Any] = {
+    "kind": "classifier",
+    "num_steps": 2,
+    "stages": [{"channels": 8}, {"channels": 8, "stride": 1, "pool": {"kind": "avg"}}],
+    "attention": {"kind": "tcja", "kernel_t": 2, "kernel_c": 2},
+    "head": {"kind": "spiking", "hidden": [16], "votes": 2, "norm": True, "dropout": 0.1},
+}
+
+
+def tiny(**changes: Any) -> Config:
+    values = {
+        "model": TINY,
+        "data": {"name": "digits", "image_size": 8, "validation": 100, "train_limit": 200},
+        "training": {"batch_size": 16, "epochs": 1, "log_every": 32, "checkpoint_every": 96, "evaluate": 50,
+                     "tensorboard": False, "augment": {"roll": 1, "mixup": 0.2}},
+    }  # fmt: skip
+    config = Config.model_validate(values)
+    return config if not changes else _changed(config, changes)
+
+
+def _changed(config: Config, changes: dict[str, Any]) -> Config:
+    values = config.model_dump(mode="json")
+    for key, value in changes.items():
+        here = values
+        *parents, last = key.split("__")
+        for part in parents:
+            here = here[part]
+        here[last] = value
+    return Config.model_validate(values)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(tiny(), tmp_path_factory.mktemp("whole") / "run", device="cpu")
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_model(run / "model").state_dict()
+
+
+def test_the_run_folder(whole: Path) -> None:
+    run = Run(whole)
+    rows = run.rows()
+    assert [r["images_seen"] for r in rows if "loss" in r] == [32 * k for k in range(1, 7)] + [208]
+    assert [r["images_seen"] for r in rows if "validation_accuracy" in r] == [96, 192, 208]
+    assert not any("test_accuracy" in r for r in rows)
+    assert not run.samples.exists()
+    model, config = open_run(whole, "cpu")
+    assert config == tiny()
+    assert model.classes == tuple("0123456789")
+
+
+@pytest.mark.parametrize(
+    "loss", [{"kind": "ce", "smoothing": 0.1}, {"kind": "smse"}, {"kind": "tet", "firing_rate": 1.0}]
+)
+def test_it_learns_the_digits(tmp_path: Path, loss: dict[str, Any]) -> None:
+    config = tiny(training__losses=loss, training__epochs=3, training__lr=1e-2, data__train_limit=400)
+    config = _changed(config, {"training__checkpoint_every": 10_000, "training__augment": None})
+    rows = Run(train(config, tmp_path / "run", device="cpu")).rows()
+    assert rows[-1]["validation_accuracy"] > 0.3  # a tenth by chance
+    first, last = (next(r for r in order if "loss" in r) for order in (rows, rows[::-1]))
+    assert last["loss"] < first["loss"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_resumed_it_is_the_uninterrupted_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
+    config = tiny(training__precision=precision)
+    straight = train(config, tmp_path / "a", device="cpu")
+    import spikegen.loop as loop
+
+    evaluate = loop._Trainer.evaluate
+
+    def stopping(trainer: Any) -> None:
+        evaluate(trainer)
+        trainer.session.stop.set()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Trainer, "evaluate", stopping)
+        with pytest.raises(Interrupted, match="stopped after 112 images"):
+            train(config, tmp_path / "b", device="cpu")
+    resumed = train(config, tmp_path / "b", resume=True, device="cpu")
+    for name, value in weights(straight).items():
+        assert torch.equal(value, weights(resumed)[name]), name
+    accuracies = [[r.get("validation_accuracy") for r in Run(p).rows()] for p in (straight, resumed)]
+    assert accuracies[0] == accuracies[1]
+
+
+def test_training_never_loads_the_test_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load, asked = spikegen.data.DataSpec.load, []
+
+    def watched(self: Any, split: Any) -> Any:
+        asked.append(split)
+        return load(self, split)
+
+    monkeypatch.setattr(spikegen.data.DataSpec, "load", watched)
+    train(tiny(training__epochs=0.1), tmp_path / "run", device="cpu")
+    assert set(asked) == {"train", "validation"}
+
+
+def test_validation_images_are_the_others_of_the_training_split() -> None:
+    data = tiny().data.model_copy(update={"train_limit": None})
+    train_set, held_out = data.load("train"), data.load("validation")
+    whole = data.model_copy(update={"validation": 0}).load("train")
+    assert len(held_out) == 100
+    assert len(train_set) + len(held_out) == len(whole)
+    together = torch.cat([train_set.images, held_out.images]).flatten(1)
+    assert torch.equal(together.unique(dim=0), whole.images.flatten(1).unique(dim=0))
+    assert torch.equal(data.load("validation").images, held_out.images)
+    with pytest.raises(UserError, match=r"data\.validation is 5000, but digits has"):
+        data.model_copy(update={"validation": 5000}).load("train")
+
+
+def test_it_is_scored_by_its_accuracy(whole: Path) -> None:
+    found = score(whole, device="cpu")
+    model, config = open_run(whole, "cpu")
+    assert config is not None
+    test = config.data.load("test")
+    assert test.labels is not None
+    right = (model.classify(test.images.float() / 127.5 - 1).argmax(1) == test.labels).float().mean().item()
+    assert found.metrics["accuracy"].value == pytest.approx(right)
+    assert found.metrics["accuracy"].low <= right <= found.metrics["accuracy"].high
+    counts = torch.tensor(found.settings["confusion"])
+    assert counts.sum() == len(test)
+    assert counts.diag().sum().item() / len(test) == pytest.approx(right)
+    assert found.to_json() == score(whole, device="cpu").to_json()
+
+
+def test_votes_are_the_mean_over_views() -> None:
+    torch.manual_seed(0)
+    config = tiny(model__head={"kind": "rate"})
+    assert isinstance(config.model, ClassifierConfig)
+    model = SpikingClassifier(config.model, (1, 8, 8), tuple("0123456789")).eval()
+    images = torch.randint(0, 256, (30, 1, 8, 8), dtype=torch.uint8)
+    for _ in range(50):
+        model.train()(to_input(images))  # its norms learn the images' scale
+    model.eval()
+    once = predict(model, images)
+    thrice = predict(model, images, votes=3, views=AugmentSpec(roll=2))
+    assert not torch.allclose(once, thrice)
+    torch.testing.assert_close(thrice, predict(model, images, 7, votes=3, views=AugmentSpec(roll=2)))
+    same = predict(model, images, votes=3, views=AugmentSpec())  # views that change nothing
+    torch.testing.assert_close(once, same)
+
+
+def test_the_command_line(whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "scores.json"
+    result = CliRunner().invoke(main, ["score", str(whole), "--out", str(out), "--device", "cpu"])
+    assert result.exit_code == 0, result.output
+    assert "accuracy" in result.stdout
+    assert json.loads(out.read_text())["settings"]["split"] == "test"
+    assert (tmp_path / "confusion.png").stat().st_size > 5_000
+    result = CliRunner().invoke(main, ["profile", str(whole), "--device", "cpu"])
+    assert "classification" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        (["sample"], "is a classifier: it makes no images"),
+        (["reconstruct"], "is a classifier: it makes no images"),
+        (["score", "--metrics", "fid"], "whose score is its accuracy: omit --metrics"),
+        (["score", "--passes", "3"], "omit --passes"),
+    ],
+)
+def test_what_only_autoencoders_do_is_refused(whole: Path, command: list[str], says: str) -> None:
+    result = CliRunner().invoke(main, [command[0], str(whole), *command[1:], "--device", "cpu"])
+    assert isinstance(result.exception, UserError)
+    assert says in str(result.exception)
+
+
+def test_an_encoder_can_be_given(tmp_path: Path) -> None:
+    stages = TINY["stages"]
+    vae = tiny_config(model__stages=stages, training__epochs=0.1)
+    vae = Config.model_validate(vae.model_dump(mode="json") | {"data": tiny().data.model_dump(mode="json")})
+    source = train(vae, tmp_path / "vae", device="cpu")
+    config = tiny(training__encoder=str(source), training__epochs=1e-6, training__lr=1e-30, training__ema=0.0)
+    given = weights(train(config, tmp_path / "run", device="cpu"))
+    for name, value in weights(source).items():
+        if name.startswith("encoder.") and "running" not in name and "attention" not in name:
+            torch.testing.assert_close(given[name], value, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"training__losses": {"kind": "vae"}}, "an autoencoder's; use ce, smse or tet"),
+        ({"training__losses": {"kind": "tet"}, "model__head": {"kind": "rate"}}, "which a rate head has not"),
+        ({"training__prior_lr": 2.0}, "prior_lr is for latents"),
+        ({"prior": {}}, "prior is of an autoencoder"),
+        ({"scoring__metrics": ["fid"]}, "a classifier has none"),
+        ({"training__augment": None, "scoring__votes": 2}, "needs training.augment"),
+        ({"data__name": "event_mnist"}, "encoding.kind is direct, but data.name event_mnist needs frames"),
+        ({"model__encoding": {"kind": "frames"}}, "needs direct, rate or latency"),
+    ],
+)
+def test_configs_that_do_not_fit_are_refused(changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says.replace(".", r"\.")):
+        tiny(**changes)
+
+
+def test_steps_other_than_the_datas_are_refused() -> None:
+    with pytest.raises(UserError, match=r"data\.frames is 8, but model\.num_steps is 10"):
+        load_config("event_mnist", ["data.frames=8"])
+    with pytest.raises(UserError, match="is of events, which only a classifier takes"):
+        load_config("mnist", ["data.name=event_mnist"])
