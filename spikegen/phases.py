@@ -137,6 +137,7 @@ def refining_phase(
         parts: Parts = wrapped(image, label if conditional else None, spikes[:, which].to(image.dtype), drawn)
         return parts | {
             "loss/recon": parts["recon"],
+            "loss/frequency": settings.frequency * parts["frequency"],
             "loss/adversarial": settings.adversarial * parts["adversarial"],
             "loss/discriminator": parts["discriminator"] + settings.penalty / 2 * parts["penalty"],
         }

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from spikegen.losses import reconstruction
+from spikegen.losses import frequency, reconstruction
 from spikegen.vae import SpikingVAE
 
 PROBE = 0.01
@@ -72,7 +72,7 @@ class Game(nn.Module):
         spikes: Float[Tensor, "T b D"],
         drawn_label: Int64[Tensor, " b"] | None,
     ) -> dict[str, Float[Tensor, ""]]:
-        """The unweighted terms: `recon` and `adversarial` move the decoder, `discriminator` and `penalty` the other.
+        """The unweighted terms: `recon`, `frequency` and `adversarial` move the decoder, `discriminator` and `penalty` the other.
 
         `spikes` and `drawn_label` are the prior's, as many as there are images.
         """
@@ -82,6 +82,7 @@ class Game(nn.Module):
         with torch.autocast(image.device.type, enabled=False):
             return {
                 "recon": reconstruction(copies, image),
+                "frequency": frequency(copies, image),
                 **self._scores(image, label, samples, drawn_label),
             }
 

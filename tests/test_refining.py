@@ -19,7 +19,9 @@ from spikegen.training import build_model
 from tests.test_training import PRIOR, SPATIAL, weights_of
 from tests.tiny import tiny_config
 
-REFINEMENT: dict[str, Any] = {"refinement": {"epochs": 0.5, "batch_size": 16, "samples": 70, "width": 4}}
+REFINEMENT: dict[str, Any] = {
+    "refinement": {"epochs": 0.5, "batch_size": 16, "samples": 70, "width": 4, "frequency": 0.3}
+}
 DECODER = ("expand.", "decoder.", "readout.")
 
 
@@ -52,14 +54,14 @@ def test_a_discriminator_scores_images_of_any_size_each_alone(shape: tuple[int, 
         assert not torch.equal(judge(image, (label + 1) % 3), found)
 
 
-@pytest.mark.parametrize("term", ["recon", "adversarial", "discriminator", "penalty"])
+@pytest.mark.parametrize("term", ["recon", "frequency", "adversarial", "discriminator", "penalty"])
 @pytest.mark.parametrize("conditional", [True, False])
 def test_each_term_moves_its_own_player(term: str, conditional: bool) -> None:
     game, batch = build_game(model__conditional=conditional)
     game(*batch)[term].backward()
     moved = {name for name, p in game.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     assert moved
-    player = "vae." if term in ("recon", "adversarial") else "discriminator."
+    player = "vae." if term in ("recon", "frequency", "adversarial") else "discriminator."
     assert all(name.startswith(player) for name in moved)
     if player == "vae.":
         assert all(name.removeprefix("vae.").startswith(DECODER) for name in moved)
@@ -126,7 +128,12 @@ def test_a_finished_run_can_be_refined_and_only_its_decoder_changes(refined: Pat
     assert "test_recon" in rows[-1]
     row = next(r for r in rows if "adversarial" in r)
     assert row["loss"] == pytest.approx(
-        row["recon"] + 0.01 * row["adversarial"] + row["discriminator"] + 0.05 * row["penalty"], rel=1e-5
+        row["recon"]
+        + 0.3 * row["frequency"]
+        + 0.01 * row["adversarial"]
+        + row["discriminator"]
+        + 0.05 * row["penalty"],
+        rel=1e-5,
     )
 
 
