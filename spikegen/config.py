@@ -215,7 +215,7 @@ def _check_classifier(config: Config, model: ClassifierConfig) -> None:
             raise ValueError(f"{name} is of an autoencoder; a classifier's config has no such section")
     if config.training.prior_lr != 1:
         raise ValueError("training.prior_lr is for latents, which a classifier has not; set it to 1")
-    if config.scoring.extractor is not None or "metrics" in config.scoring.model_fields_set:
+    if config.scoring.extractor is not None or config.scoring.metrics != ScoringConfig().metrics:
         raise ValueError("scoring.extractor and scoring.metrics are of generated images; a classifier has none")
     if data.is_events != (model.encoding.kind == "frames"):
         right = "frames" if data.is_events else "direct, rate or latency"

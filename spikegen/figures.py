@@ -1,4 +1,7 @@
-"""Pictures of a run that explain it: curves, the grid over training, spikes, attention, interpolations, neighbours."""
+"""Pictures of a run that explain it: curves, the grid over training, spikes, attention, interpolations, neighbours.
+
+What goes on inside is drawn by inside.py.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +16,14 @@ from PIL import Image
 from torch import Tensor
 
 from spikegen.attention import TCJA
+from spikegen.classifier import SpikingClassifier
 from spikegen.config import Config
 from spikegen.data import to_model, to_uint8
 from spikegen.draws import uniform_per_image
 from spikegen.extractors import CNN_SIZES, load_extractor
 from spikegen.features import extract
+from spikegen.images import to_input
+from spikegen.inside import inside_figures
 from spikegen.latents import GaussianPosterior, Posterior
 from spikegen.manifold import nearest
 from spikegen.plots import save_grid
@@ -32,22 +38,37 @@ CURVES = (
     ("firing_rate",), ("images_per_second",),
 )  # fmt: skip
 
+MANY = 256
+"""Held-out images that responses and firing rates are averaged over."""
 
-def draw_all(run: Run, model: SpikingVAE, config: Config, count: int = 8) -> list[Path]:
-    """Write every picture that the run has the means for into RUN/plots; the files, in order."""
+
+def draw_all(run: Run, model: SpikingVAE | SpikingClassifier, config: Config, count: int = 8) -> list[Path]:
+    """Write every picture that the run has the means for into RUN/plots; the files, in order.
+
+    Of held-out images: the validation split's where there is one. IsometryWarning as `inside_figures` gives it.
+    """
     folder = run.path / "plots"
-    images = config.data.load("test").images[:count]
+    held_out = config.data.load("validation" if config.data.validation else "test").images
+    images = held_out[:count]
     if not len(images):
-        raise UserError(f"{run.path}: its data has no test images to draw")
+        raise UserError(f"{run.path}: its data has no held-out images to draw")
     drawings: dict[str, Callable[[Path], bool]] = {
         "curves": lambda path: curves(run.rows(), path),
         "progress": lambda path: progress(run.samples, path),
-        "spikes": lambda path: spikes(model, images, path),
         "attention": lambda path: attention(model, images, path),
-        "interpolations": lambda path: interpolations(model, images, path),
-        "neighbours": lambda path: neighbours(model, config, path, count),
     }
-    return [folder / f"{name}.png" for name, draw in drawings.items() if draw(folder / f"{name}.png")]
+    if isinstance(model, SpikingVAE):
+        vae = model
+        drawings |= {
+            "spikes": lambda path: spikes(vae, images, path),
+            "interpolations": lambda path: interpolations(vae, images, path),
+            "neighbours": lambda path: neighbours(vae, config, path, count),
+        }
+    drawn = [folder / f"{name}.png" for name, draw in drawings.items() if draw(folder / f"{name}.png")]
+    for name, figure in inside_figures(model, images, held_out[:MANY]):
+        drawn.append(folder / f"{name}.png")
+        _save(figure, drawn[-1])
+    return drawn
 
 
 def curves(rows: list[dict[str, Any]], path: Path) -> bool:
@@ -111,7 +132,7 @@ def spikes(model: SpikingVAE, images: UInt8[Tensor, "N C H W"], path: Path) -> b
 
 
 @torch.no_grad()
-def attention(model: SpikingVAE, images: UInt8[Tensor, "N C H W"], path: Path) -> bool:
+def attention(model: SpikingVAE | SpikingClassifier, images: UInt8[Tensor, "N *shape"], path: Path) -> bool:
     """Every TCJA block's gate, channels (rows) over the time steps, the mean over the images; False without blocks."""
     gates: dict[str, Tensor] = {}
     hooks = []
@@ -119,7 +140,7 @@ def attention(model: SpikingVAE, images: UInt8[Tensor, "N C H W"], path: Path) -
         if isinstance(module, TCJA):
             hooks.append(module.register_forward_pre_hook(_recorder(gates, name)))
     try:
-        model(to_model(images).to(model.device), *_labels(model, len(images)))
+        model(to_input(images.to(model.device)), *_labels(model, len(images)))
     finally:
         for hook in hooks:
             hook.remove()
@@ -180,9 +201,10 @@ def _recorder(gates: dict[str, Tensor], name: str) -> Callable[..., None]:
     return record
 
 
-def _labels(model: SpikingVAE, count: int) -> tuple[Tensor, ...]:
+def _labels(model: SpikingVAE | SpikingClassifier, count: int) -> tuple[Tensor, ...]:
     """Some label, where the prior asks for one: what is drawn does not depend on it."""
-    return (torch.zeros(count, dtype=torch.int64, device=model.device),) if model.config.conditional else ()
+    asked = isinstance(model, SpikingVAE) and model.config.conditional
+    return (torch.zeros(count, dtype=torch.int64, device=model.device),) if asked else ()
 
 
 def _shown(image: UInt8[Tensor, "C H W"]) -> Any:

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from spikegen.attention import TCJA
 from spikegen.classifier import SpikingClassifier
-from spikegen.draws import uniform_per_image
 from spikegen.heads import RateHead, SpikingHead
 from spikegen.multi_attention import MultiAttention
 from spikegen.residual import Block, ResidualStage, Stem
@@ -64,8 +63,7 @@ class Stream:
         if encoding.static or encoding.has_time:
             return frame
         if self.uniform is None:
-            shape = (self.model.config.num_steps, *self.model.image_shape)
-            self.uniform = uniform_per_image(~self.seed, self.first, len(frame), shape, frame.device)
+            self.uniform = self.model.encoder.draws(frame, self.seed, self.first)
         return encoding(frame, self.uniform)[self.steps]
 
     def _check(self, frame: Tensor) -> None:
