@@ -60,7 +60,7 @@ def means_figure(found: Sequence[Response], columns: int = 8) -> Figure:
     silent, steps, columns = silent_channels(found), found[0].steps, min(columns, len(found))
     lines = math.ceil(len(found) / columns) * len(steps)
     figure = Figure(figsize=(2.6 * columns + 0.8, 2.7 * lines), layout="constrained")
-    grid = figure.subplots(lines, columns, squeeze=False)
+    grid = figure.subplots(lines, columns, squeeze=False, gridspec_kw={"wspace": 0.1})
     for axes in grid.flat:
         axes.set_axis_off()
     for k, response in enumerate(found):
@@ -74,18 +74,24 @@ def means_figure(found: Sequence[Response], columns: int = 8) -> Figure:
     return figure
 
 
-def rates_figure(found: Sequence[Response]) -> Figure:
-    """Spikes a neuron over the steps, of each layer and of all neurons; shaded, the deviation from image to image."""
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    layers, network = figure.subplots(1, 2)
-    for response in found:
-        _band(layers, response.rates, response.layer)
-    _band(network, network_rate(found), "all neurons")
-    for axes in (layers, network):
-        axes.set_xlabel("t")
-        axes.set_ylabel("spikes a neuron")
-        axes.set_ylim(bottom=0)
-        axes.legend(fontsize=6)
+def rates_figure(found: Sequence[Response], columns: int = 5) -> Figure:
+    """Spikes a neuron over the steps, of all neurons and of each layer; shaded, the deviation from image to image."""
+    curves = {"all neurons": network_rate(found)} | {response.layer: response.rates for response in found}
+    columns = min(columns, len(curves))
+    lines = math.ceil(len(curves) / columns)
+    figure = Figure(figsize=(2.2 * columns, 1.9 * lines + 0.3), layout="constrained")
+    grid = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
+    for axes, (name, rates) in zip(grid.flat, curves.items(), strict=False):
+        mean, spread = rates.mean(0).numpy(), rates.std(0, correction=0).numpy()
+        axes.plot(mean, marker=".")
+        axes.fill_between(range(len(mean)), mean - spread, mean + spread, alpha=0.25, linewidth=0)
+        axes.set_title(name, fontsize=7)
+    for axes in grid.flat[len(curves) :]:
+        axes.set_axis_off()
+    grid[0, 0].set_ylim(bottom=0)
+    grid[0, 0].xaxis.get_major_locator().set_params(integer=True)
+    figure.supxlabel("t", fontsize=9)
+    figure.supylabel("spikes a neuron", fontsize=9)
     return figure
 
 
@@ -96,6 +102,7 @@ def isometry_figure(found: dict[str, float]) -> Figure:
     axes.bar(list(found), [v - 1 for v in found.values()], bottom=1)  # up or down from 1
     axes.axhline(1, color="black", linewidth=0.8)
     axes.set_yscale("log")
+    axes.set_ylim(min(0.1, *found.values()) / 1.2, max(10, *found.values()) * 1.2)
     axes.set_ylabel("φ(J Jᵀ)")
     axes.tick_params("x", labelrotation=90, labelsize=7)
     halves = dict.fromkeys(name.split(".")[0] for name in found)
@@ -117,12 +124,6 @@ def tiles(mean: Float[Tensor, "C *hw"]) -> Float[np.ndarray, "rows columns"]:
 
 
 # ---- parts of the above ----------------------------------------------------------------------------------------------
-
-
-def _band(axes: Any, rates: Float[Tensor, "N T"], label: str) -> None:
-    mean, spread = rates.mean(0).numpy(), rates.std(0, correction=0).numpy()
-    (line,) = axes.plot(mean, marker=".", label=label)
-    axes.fill_between(range(len(mean)), mean - spread, mean + spread, color=line.get_color(), alpha=0.2, linewidth=0)
 
 
 def _shown(image: UInt8[Tensor, "*T C H W"]) -> Any:
