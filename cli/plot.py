@@ -9,13 +9,13 @@ from spikegen.cli import device
 @click.option("--num", default=8, show_default=True, type=click.IntRange(2, 64), help="Images to show.")
 @device
 def command(run: str, num: int, device: str) -> None:
-    """Draw what explains RUN into RUN/plots: curves, grids over training, spikes, attention, interpolations."""
+    """Draw what explains RUN into RUN/plots: curves, attention, responses, firing rates, and images if it makes any."""
     from spikegen.figures import draw_all
     from spikegen.plots import check_picture
-    from spikegen.runs import Run, open_vae
+    from spikegen.runs import Run, open_run
     from spikegen.spec import UserError
 
-    model, config = open_vae(run, device)
+    model, config = open_run(run, device)
     if config is None:
         raise UserError(f"{run} has no config.yaml that names its data; give a run folder")
     check_picture(Run(run).path / "plots" / "curves.png")

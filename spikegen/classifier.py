@@ -11,7 +11,6 @@ from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from spikegen.attention import Attention
-from spikegen.draws import uniform_per_image
 from spikegen.encoder import Encoder, EncoderStage, check_stages, reduction
 from spikegen.encoding import DirectSpec, EncodingSpec
 from spikegen.heads import Head, SpikingHeadSpec
@@ -102,11 +101,7 @@ class SpikingClassifier(nn.Module, PyTorchModelHubMixin):
         Image k of a set has the same draws of its encoding, if that has any, in any batch in evaluation mode.
         """
         self.encoder.check(image)
-        uniform = None
-        if not (self.training or self.encoder.encoding.static or self.encoder.encoding.has_time):
-            shape = (self.config.num_steps, *self.image_shape)
-            uniform = uniform_per_image(~seed, first, len(image), shape, image.device)
-        spikes, rates = self.encoder(image, uniform)
+        spikes, rates = self.encoder(image, None if self.training else self.encoder.draws(image, seed, first))
         outputs, own = self.head(spikes)
         rates = [*rates, *own]
         return ClassifierOutput(outputs, torch.stack(rates).float() if rates else outputs.new_zeros(0))

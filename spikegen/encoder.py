@@ -8,6 +8,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from spikegen.attention import Attention
+from spikegen.draws import uniform_per_image
 from spikegen.encoding import Encoding, EncodingSpec
 from spikegen.kernels import Engine
 from spikegen.neurons import NeuronSpec
@@ -96,6 +97,12 @@ class Encoder(nn.ModuleList):
             x, rate = stage(x)
             rates.append(rate)
         return x, rates
+
+    def draws(self, image: Tensor, seed: int, first: int) -> Float[Tensor, "T B C H W"] | None:
+        """The `uniform` that fixes the encoding of images first, first+1, ... of a set; None where nothing is drawn."""
+        if self.encoding.static or self.encoding.has_time:
+            return None
+        return uniform_per_image(~seed, first, len(image), (self.num_steps, *self.image_shape), image.device)
 
     def check(self, image: Tensor) -> None:
         """UserError unless the model takes images of this shape."""

@@ -1,4 +1,7 @@
-"""Pictures of a run that explain it: curves, the grid over training, spikes, attention, interpolations, neighbours."""
+"""Pictures of a run that explain it: curves, the grid over training, spikes, attention, interpolations, neighbours.
+
+What goes on inside is drawn by inside.py.
+"""
 
 import math
 from collections.abc import Callable
@@ -13,12 +16,15 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
+from spikegen.classifier import SpikingClassifier
 from spikegen.config import Config
 from spikegen.data import to_model, to_uint8
 from spikegen.draws import uniform_per_image
 from spikegen.extractors import CNN_SIZES, load_extractor
 from spikegen.features import extract
 from spikegen.gates import record_gates
+from spikegen.images import to_input
+from spikegen.inside import inside_figures
 from spikegen.latents import GaussianPosterior, Posterior
 from spikegen.manifold import nearest
 from spikegen.plots import save_grid
@@ -31,23 +37,38 @@ from spikegen.vae import SpikingVAE
 AXES = ("images_seen", "epoch")
 """Keys of metrics.jsonl that other keys are drawn over."""
 
+MANY = 256
+"""Held-out images that responses and firing rates are averaged over."""
 
-def draw_all(run: Run, model: SpikingVAE, config: Config, count: int = 8) -> list[Path]:
-    """Write every picture that the run has the means for into RUN/plots; the files, in order."""
+
+def draw_all(run: Run, model: SpikingVAE | SpikingClassifier, config: Config, count: int = 8) -> list[Path]:
+    """Write every picture that the run has the means for into RUN/plots; the files, in order.
+
+    Of held-out images: the validation split's where there is one. IsometryWarning as `inside_figures` gives it.
+    """
     folder = run.path / "plots"
-    data = config.data.load("test")
-    images, labels = data.images[:count], None if data.labels is None else data.labels[:count]
+    data = config.data.load("validation" if config.data.validation else "test")
+    held_out, labels = data.images, None if data.labels is None else data.labels[:count]
+    images = held_out[:count]
     if not len(images):
-        raise UserError(f"{run.path}: its data has no test images to draw")
+        raise UserError(f"{run.path}: its data has no held-out images to draw")
     drawings: dict[str, Callable[[Path], bool]] = {
         "curves": lambda path: curves(run.rows(), path),
         "progress": lambda path: progress(run.samples, path),
-        "spikes": lambda path: spikes(model, images, path),
         "attention": lambda path: attention(model, images, labels, path),
-        "interpolations": lambda path: interpolations(model, images, path),
-        "neighbours": lambda path: neighbours(model, config, path, count),
     }
-    return [folder / f"{name}.png" for name, draw in drawings.items() if draw(folder / f"{name}.png")]
+    if isinstance(model, SpikingVAE):
+        vae = model
+        drawings |= {
+            "spikes": lambda path: spikes(vae, images, path),
+            "interpolations": lambda path: interpolations(vae, images, path),
+            "neighbours": lambda path: neighbours(vae, config, path, count),
+        }
+    drawn = [folder / f"{name}.png" for name, draw in drawings.items() if draw(folder / f"{name}.png")]
+    for name, figure in inside_figures(model, images, held_out[:MANY]):
+        drawn.append(folder / f"{name}.png")
+        _save(figure, drawn[-1])
+    return drawn
 
 
 def curves(rows: list[dict[str, Any]], path: Path) -> bool:
@@ -115,14 +136,17 @@ def spikes(model: SpikingVAE, images: UInt8[Tensor, "N C H W"], path: Path) -> b
 
 
 def attention(
-    model: SpikingVAE, images: UInt8[Tensor, "N C H W"], labels: Int64[Tensor, " N"] | None, path: Path
+    model: SpikingVAE | SpikingClassifier,
+    images: UInt8[Tensor, "N *shape"],
+    labels: Int64[Tensor, " N"] | None,
+    path: Path,
 ) -> bool:
     """Every gate of every attention block, the prior's too, the mean over the images; False without blocks.
 
     Channels (rows) over the time steps; a space gate as an image.
     """
     label = None if labels is None else labels.to(model.device)
-    gates = record_gates(model, to_model(images).to(model.device), label)
+    gates = record_gates(model, to_input(images.to(model.device)), label)
     if not gates:
         return False
     columns = min(8, len(gates))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from spikegen.attention import TCJA
+from spikegen.classifier import SpikingClassifier
 from spikegen.multi_attention import MultiAttention
 from spikegen.vae import SpikingVAE
 
@@ -37,7 +38,7 @@ class Gate:
 
 @torch.no_grad()
 def record_gates(
-    model: SpikingVAE, images: Float[Tensor, "B C H W"], label: Int64[Tensor, " B"] | None = None
+    model: SpikingVAE | SpikingClassifier, images: Float[Tensor, "B *image"], label: Int64[Tensor, " B"] | None = None
 ) -> list[Gate]:
     """Every gate in encoder, latent, decoder and readout, then those of a learnt prior; `label` where it needs one.
 
@@ -46,13 +47,16 @@ def record_gates(
     gates: list[Gate] = []
     hooks = [hook for name, module in model.named_modules() for hook in _watch(name, module, gates)]
     devices = [images.device] if images.device.type == "cuda" else []
-    label = label if model.config.conditional else None
     try:
-        bits = model(images, label).posterior.spikes
-        if model.prior is not None:
-            with torch.random.fork_rng(devices):
-                torch.manual_seed(0)  # the same bits are masked every time
-                model.prior(bits, label)
+        if isinstance(model, SpikingVAE):
+            label = label if model.config.conditional else None
+            bits = model(images, label).posterior.spikes
+            if model.prior is not None:
+                with torch.random.fork_rng(devices):
+                    torch.manual_seed(0)  # the same bits are masked every time
+                    model.prior(bits, label)
+        else:
+            model(images)
     finally:
         for hook in hooks:
             hook.remove()

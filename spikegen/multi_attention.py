@@ -82,7 +82,7 @@ class MultiAttention(nn.Module):
 
     @property
     def in_scan(self) -> bool:
-        """Whether `gate_membrane` has a part."""
+        """Whether `gate_step` is for the membrane."""
         return self.spec.placement == "membrane"
 
     def forward(self, current: Float[Tensor, "T B C *hw"]) -> Float[Tensor, "T B C *hw"]:
@@ -101,8 +101,8 @@ class MultiAttention(nn.Module):
             current = current.relu() if self.spec.relu else current
         return current
 
-    def gate_membrane(self, u: Float[Tensor, "B C *hw"]) -> Float[Tensor, "B C *hw"]:
-        """One step's membrane U, gated over channels, then space."""
+    def gate_step(self, u: Float[Tensor, "B C *hw"]) -> Float[Tensor, "B C *hw"]:
+        """One step's membrane U, or, where the placement is post, its current: gated over channels, then space."""
         u = self._over_channels_and_space(u.unsqueeze(0), ()).squeeze(0)
         return u.relu() if self.spec.relu else u
 

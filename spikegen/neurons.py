@@ -116,6 +116,13 @@ class LIF(nn.Module):
         beta, threshold = self._constants(current)
         return lif_step(current, mem, beta, threshold, self.spec.reset)
 
+    def step_changed(
+        self, current: Float[Tensor, "B *n"], mem: Float[Tensor, "B *n"] | None, change: Callable[[Tensor], Tensor]
+    ) -> tuple[Float[Tensor, "B *n"], Float[Tensor, "B *n"]]:
+        """`step` where the membrane is change(membrane) before it fires."""
+        beta, threshold = self._constants(current)
+        return lif_step(current, mem, beta, threshold, self.spec.reset, change)
+
     def _constants(self, step: Tensor) -> tuple[Tensor, Tensor]:
         """Beta and threshold, a per-channel one shaped [C, 1, ...] to broadcast over a step [B, C, ...]."""
         self.spec.check_channels(step.shape[1])
@@ -155,3 +162,9 @@ class ReLU(nn.Module):
     def step(self, current: Float[Tensor, "B *n"], mem: Tensor | None) -> tuple[Float[Tensor, "B *n"], None]:
         """One step, which needs nothing of the one before."""
         return self(current), None
+
+    def step_changed(
+        self, current: Float[Tensor, "B *n"], mem: Tensor | None, change: Callable[[Tensor], Tensor]
+    ) -> tuple[Float[Tensor, "B *n"], None]:
+        """One step of changed currents."""
+        return self(change(current)), None

@@ -72,7 +72,7 @@ class Game(nn.Module):
         spikes: Float[Tensor, "T b D"],
         drawn_label: Int64[Tensor, " b"] | None,
     ) -> dict[str, Float[Tensor, ""]]:
-        """The unweighted terms: `recon`, `frequency` and `adversarial` move the decoder, `discriminator` and `penalty` the other.
+        """The unweighted terms: `discriminator` and `penalty` move the discriminator, the others the decoder.
 
         `spikes` and `drawn_label` are the prior's, as many as there are images.
         """

@@ -1,17 +1,16 @@
 """Stages: layer -> norm -> neuron -> optional attention, the layer folded over time."""
 
-from collections.abc import Callable, Iterable
-from typing import Literal, cast
+from collections.abc import Callable
+from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
 from spikegen.attention import Attention
 from spikegen.kernels import Engine, Norm, moments
-from spikegen.kernels.norms import EPSILON, per_channel
+from spikegen.kernels.norms import EPSILON
 from spikegen.multi_attention import MultiAttention
 from spikegen.neurons import Neuron, NeuronSpec
 from spikegen.spec import Spec
@@ -169,47 +168,9 @@ class Stage(nn.Module):
     def _fire_attended(self, current: Tensor, attention: MultiAttention) -> tuple[Tensor, Tensor]:
         current = attention(current)
         if attention.in_scan:
-            spikes = self.neuron.fire_changed(current, attention.gate_membrane)
+            spikes = self.neuron.fire_changed(current, attention.gate_step)
             return spikes, spikes.float()
         return self.neuron.fire(current, None, len(current))
-
-
-class Stepper:
-    """Stages run one time step after another under running statistics, without gradient or attention.
-
-    Carries the membranes; what does not change from step to step is computed once.
-    """
-
-    def __init__(self, stages: Iterable[nn.Module]):
-        self.stages = [cast(Stage, s) for s in stages]
-        self.mems: list[Tensor | None] = [None] * len(self.stages)
-        with torch.no_grad():
-            self.affines = [cast(ThresholdNorm, s.norm).running(s.bias).affine() for s in self.stages]
-        # autocast casts weights anew at every call where no gradient is taken
-        self.casts = [_autocast_copy(stage.layer) for stage in self.stages]
-
-    @torch.no_grad()
-    def __call__(self, x: Float[Tensor, "B *n"], direct: Tensor | None = None) -> Float[Tensor, "B *m"]:
-        """The last stage's spikes of the next step; `direct` is added to its current."""
-        for i, (stage, layer, affine) in enumerate(zip(self.stages, self.casts, self.affines, strict=True)):
-            current = layer(x)
-            dtype = current.dtype
-            scale, shift = (per_channel(c, current.unsqueeze(0)) for c in affine)
-            current = (current * scale).add_(shift)
-            if direct is not None and i == len(self.stages) - 1:
-                current += direct
-            spikes, self.mems[i] = stage.neuron.step(current, self.mems[i])
-            x = spikes.to(dtype)
-        return x
-
-
-def _autocast_copy(layer: Layer) -> Callable[[Tensor], Tensor]:
-    """The layer, a linear one with its weight in autocast's dtype where that is on."""
-    weight = layer.weight
-    if not isinstance(layer, nn.Linear) or not torch.is_autocast_enabled(weight.device.type):
-        return layer
-    cast = weight.detach().to(torch.get_autocast_dtype(weight.device.type))
-    return lambda x: F.linear(x, cast)
 
 
 def down_stage(

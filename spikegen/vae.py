@@ -166,6 +166,11 @@ class SpikingVAE(nn.Module, PyTorchModelHubMixin):
         """Images in (-1, 1) from the latent's bits."""
         return self._decode(spikes)[0]
 
+    def expanded(self, spikes: Float[Tensor, "T B D"]) -> Float[Tensor, "T B C h w"]:
+        """What the decoder's first stage sees of the latent's bits."""
+        x, _ = self.expand(spikes.unflatten(2, self.latent.shape))
+        return cast(Tensor, x).reshape(*x.shape[:2], *self.feature_shape)
+
     @torch.no_grad()
     def classify(self, image: Float[Tensor, "B C H W"], seed: int = 0, first: int = 0) -> Float[Tensor, "B K"]:
         """The head's logits; UserError where the model has none."""
@@ -256,17 +261,12 @@ class SpikingVAE(nn.Module, PyTorchModelHubMixin):
     def _features(self, image: Tensor, seed: int, first_image: int) -> tuple[Tensor, list[Tensor]]:
         """The encoder's last spikes [T, B, C, H, W] and every stage's firing rate."""
         self.encoder.check(image)
-        uniform = None
-        if not self.encoder.encoding.static and not self.training:
-            shape = (self.config.num_steps, *self.image_shape)
-            uniform = uniform_per_image(~seed, first_image, len(image), shape, image.device)
+        uniform = None if self.training else self.encoder.draws(image, seed, first_image)
         found: tuple[Tensor, list[Tensor]] = self.encoder(image, uniform)
         return found
 
     def _decode(self, spikes: Tensor) -> tuple[Tensor, list[Tensor]]:
-        x, _ = self.expand(spikes.unflatten(2, self.latent.shape))
-        x = x.reshape(*x.shape[:2], *self.feature_shape)
-        rates = []
+        x, rates = self.expanded(spikes), []
         for stage in self.decoder:
             x, rate = stage(x)
             rates.append(rate)

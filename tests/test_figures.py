@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from spikegen.cli import main
 
-from spikegen import figures, train
+from spikegen import Config, figures, load_config, train
 from spikegen.data import to_model
 from spikegen.figures import attention, curves, draw_all, interpolations, neighbours, progress, spikes
 from spikegen.gates import record_gates
@@ -21,7 +21,8 @@ from spikegen.runs import Run, open_run
 from spikegen.training import build_model
 from tests.tiny import tiny_config
 
-NAMES = ["curves", "progress", "spikes", "attention", "interpolations", "neighbours"]
+INSIDE = ["responses", "means", "rates", "isometry"]
+NAMES = ["curves", "progress", "attention", "spikes", "interpolations", "neighbours", *INSIDE]
 PLAIN = {"model__conditional": False}
 
 
@@ -71,7 +72,37 @@ def test_every_kind_of_latent(changes: dict[str, Any], tmp_path: Path) -> None:
     model, config = open_run(run.path)
     assert config is not None
     drawn = [p.stem for p in draw_all(run, model, config, 3)]
-    assert drawn == [n for n in NAMES if n != "attention" or config.model.attention]
+    spiking = INSIDE[3:] if config.model.neuron.kind == "relu" else INSIDE
+    assert drawn == [n for n in NAMES if (n != "attention" or config.model.attention) and n not in INSIDE] + spiking
+
+
+@pytest.mark.parametrize("attention", [{"kind": "tcja", "kernel_t": 2, "kernel_c": 2}, None], ids=str)
+def test_a_classifier_has_no_images_to_show(attention: dict[str, Any] | None, tmp_path: Path) -> None:
+    config = classifier_config(attention)
+    run = train(config, tmp_path / "run", device="cpu")
+    result = CliRunner().invoke(main, ["plot", str(run), "--num", "3"])
+    assert result.exit_code == 0, result.output
+    names = ["curves", *(["attention"] if attention else []), *INSIDE]
+    assert result.output.split() == [str(run / "plots" / f"{name}.png") for name in names]
+
+
+def classifier_config(attention: dict[str, Any] | None) -> Config:
+    return load_config(
+        "digits",
+        {
+            "model": {"kind": "classifier", "num_steps": 2, "stages": [{"channels": 4}], "attention": attention},
+            "data.image_size": 8,
+            "data.train_limit": 100,
+            "data.validation": 50,
+            "training": {
+                "epochs": 1,
+                "batch_size": 20,
+                "log_every": 40,
+                "losses": {"kind": "ce"},
+                "tensorboard": False,
+            },
+        },
+    )
 
 
 @pytest.fixture

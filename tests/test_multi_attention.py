@@ -91,7 +91,7 @@ def test_equation_14_on_the_membrane(kind, reset):
     block = build(kind, steps, channels, placement="membrane", kernel=3, reduction_t=2, reduction_c=2)
     neuron = LIFSpec(beta=0.6, threshold=0.3, reset=reset).build().double()
     x = torch.randn(steps, 2, channels, 4, 3).double() * 2
-    found = neuron.fire_changed(block(x), block.gate_membrane)
+    found = neuron.fire_changed(block(x), block.gate_step)
     assert 0.02 < found.mean() < 0.9
     beta, threshold = neuron.beta.double(), neuron.threshold.double()
     for b in range(2):

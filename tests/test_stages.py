@@ -6,7 +6,8 @@ from torch import nn
 
 from spikegen.attention import TCJASpec
 from spikegen.neurons import LIFSpec
-from spikegen.stages import StageSpec, Stepper, ThresholdNorm, dense_stage, down_stage, fold_time, up_stage
+from spikegen.stages import StageSpec, ThresholdNorm, dense_stage, down_stage, fold_time, up_stage
+from spikegen.stepping import Stepper
 
 
 @pytest.fixture(autouse=True)

@@ -95,11 +95,16 @@ def lif_step(
     beta: Float[Tensor, "*b"],
     threshold: Float[Tensor, "*h"],
     reset: Reset,
+    change: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Float[Tensor, "*n"], Float[Tensor, "*n"]]:
-    """One step of `lif_scan` with the state carried by the caller: (spikes, membrane before the reset). No gradient."""
+    """One step of `lif_scan` with the state carried by the caller: (spikes, membrane before the reset). No gradient.
+
+    With `change` it is one of `modulated_scan`.
+    """
     beta, threshold = _wide(x, beta, threshold)
     with torch.no_grad():
         mem = analytic.step(x, mem, beta, threshold, reset)
+        mem = mem if change is None else change(mem)
         return (mem > threshold).to(x.dtype), mem
 
 

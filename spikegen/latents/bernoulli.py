@@ -13,7 +13,8 @@ from spikegen.kernels import Engine
 from spikegen.latents.distributions import Posterior, Prior
 from spikegen.neurons import NeuronSpec
 from spikegen.spec import Spec, UserError
-from spikegen.stages import Stage, Stepper, ThresholdNorm, dense_stage, fold_time
+from spikegen.stages import Stage, ThresholdNorm, dense_stage, fold_time
+from spikegen.stepping import Stepper
 
 Chance = Annotated[float, Field(ge=0, le=1)]
 
