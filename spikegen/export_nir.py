@@ -91,7 +91,7 @@ class Graph:
     def head(self, head: nn.Module, x: Signal) -> Signal:
         """What the head gives at each step; a rate head, linear, may as well see each step's spikes as their mean."""
         if isinstance(head, RateHead):
-            x = self.pool("head.pool", nn.AvgPool2d(x.shape[1:]), x) if head.pool else x
+            x = self.pool("head.pool", nn.AvgPool2d((x.shape[1], x.shape[2])), x) if head.pool else x
             return self.layer("head.linear", head.linear, None, None, self.flat("head.flatten", x))
         assert isinstance(head, SpikingHead)
         x = self.flat("head.flatten", x)

@@ -1,4 +1,4 @@
-"""What every test runs under: shapes checked, two threads, and a data folder that is never the user's."""
+"""What every test runs under: shapes checked, few threads, and a data folder that is never the user's."""
 
 import os
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ install_import_hook("spikegen", "beartype.beartype")
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-THREADS = 2
+THREADS = int(os.environ.get("OMP_NUM_THREADS", 2))  # more threads than free cores wait for each other
 os.environ["OMP_NUM_THREADS"] = str(THREADS)  # for the commands that tests start
 
 
