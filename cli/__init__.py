@@ -18,6 +18,7 @@ COMMANDS = {
     "score": "Compute FID, IS and other scores of a model or a folder.",
     "plot": "Draw curves, spikes, attention and more of a run.",
     "profile": "Count parameters, operations, spikes and energy an image.",
+    "export": "Write a model for other tools: NIR, ONNX, torch.export.",
     "configs": "List the presets.",
 }
 

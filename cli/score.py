@@ -32,10 +32,10 @@ def command(
     from spikegen.sampling import Sampling
     from spikegen.scoring import score
     from spikegen.spec import parse
-    from spikegen.storage import require_json, write_json
+    from spikegen.storage import require_file, write_json
 
     path = out or scores_path(source)
-    require_json(path)
+    require_file(path, ".json")
     names = tuple(metrics.split(",")) if metrics else None
     result = score(
         source, reference, names, num, extractor, device, protocol, statistics, parse(Sampling, sampling, "sampling")

@@ -1,6 +1,9 @@
-"""CUDA graphs: a call recorded once and replayed for every chunk of samples, without its thousands of launches."""
+"""CUDA graphs: a call recorded once and replayed for every chunk of samples, without its thousands of launches.
 
-from collections.abc import Callable
+And a loop that `torch.export` records as a loop.
+"""
+
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -39,3 +42,16 @@ def _record(call: Call, first: Tensor, second: Tensor | None) -> Call:
         return output.clone()
 
     return replay
+
+
+def repeated(step: Callable[..., Tensor], state: Tensor, items: Sequence[tuple[int, ...]]) -> Tensor:
+    """The state after state = step(state, *item) of each item; an exported program has `step` once."""
+    if not torch.compiler.is_exporting():
+        for item in items:
+            state = step(state, *item)
+        return state
+    from torch._higher_order_ops.scan import scan  # a prototype: only where it is needed
+
+    rows = torch.tensor(items, device=state.device)
+    last, _ = scan(lambda state, row: (step(state, *row.unbind()), state.new_zeros(())), state, rows)
+    return last

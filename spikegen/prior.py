@@ -4,6 +4,7 @@ Masked (absorbing) discrete diffusion as in MaskGIT (arXiv 2202.04200), over bit
 membrane shortcuts as in MS-ResNet (2209.13929), self-attention without softmax as in Spikformer (2209.15425).
 """
 
+import itertools
 import math
 from typing import Literal
 
@@ -14,6 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from spikegen.attention import Attention, TCJASpec
+from spikegen.graphs import repeated
 from spikegen.kernels import Engine
 from spikegen.mixture import BernoulliMixture
 from spikegen.neurons import LIFSpec, NeuronSpec
@@ -193,11 +195,13 @@ class MaskedPrior(nn.Module):
         count = rank.shape[-1]
         shape = (-1, self.num_steps * self.grid[0], *self.grid[1:])
         rank, draws = rank.view(shape), draws.view(shape)
-        bits, done = torch.zeros_like(draws), 0
-        for now in _known_after(self.spec.passes, count, self.spec.schedule):
+
+        def drawn(bits: Tensor, done: int | Tensor, now: int | Tensor) -> Tensor:
             odds = self._odds(bits, rank < done, row)
-            bits = torch.where((rank >= done) & (rank < now), (draws < odds.sigmoid()).to(bits.dtype), bits)
-            done = now
+            return torch.where((rank >= done) & (rank < now), (draws < odds.sigmoid()).to(bits.dtype), bits)
+
+        known = [0, *_known_after(self.spec.passes, count, self.spec.schedule)]
+        bits = repeated(drawn, torch.zeros_like(draws), list(itertools.pairwise(known)))
         return bits.unflatten(1, (self.num_steps, -1)).transpose(0, 1).flatten(2)
 
     def _odds(self, bits: Tensor, known: Tensor, row: Tensor) -> Tensor:

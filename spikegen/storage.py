@@ -96,8 +96,8 @@ def require_writable(path: Path) -> None:
         raise UserError(f"cannot write {path}: {folder} is a file, not a folder")
 
 
-def require_json(path: Path) -> None:
-    """As `require_writable`, and UserError for a name that is not JSON's: scores never replace another kind of file."""
-    if path.suffix.lower() != ".json":
-        raise UserError(f"cannot write {path}: the name of a JSON file ends in .json")
+def require_file(path: Path, suffix: str) -> None:
+    """As `require_writable`, and UserError for a name that does not end in `suffix`: no other kind of file is lost."""
+    if path.suffix.lower() != suffix:
+        raise UserError(f"cannot write {path}: the name of such a file ends in {suffix}")
     require_writable(path)

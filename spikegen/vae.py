@@ -240,6 +240,10 @@ class SpikingVAE(nn.Module, PyTorchModelHubMixin):
         self.prior = spec.build(self.config.num_steps, self.latent.shape, labels, self.config.engine).to(self.device)
         return self.prior
 
+    def noise_shape(self) -> tuple[int, int]:
+        """The shape, for one image, of the uniform numbers that its sample is drawn with."""
+        return self.prior.noise_shape() if self.prior else self.latent.noise_shape(self.config.num_steps)
+
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
@@ -320,8 +324,7 @@ class SpikingVAE(nn.Module, PyTorchModelHubMixin):
         return self._sample_noise(first, SAMPLE_CHUNK, seed), labels
 
     def _sample_noise(self, first: int, count: int, seed: int) -> Tensor:
-        shape = self.prior.noise_shape() if self.prior else self.latent.noise_shape(self.config.num_steps)
-        return uniform_per_image(seed, first, count, shape, self.device).to(next(self.parameters()).dtype)
+        return uniform_per_image(seed, first, count, self.noise_shape(), self.device).to(next(self.parameters()).dtype)
 
     def _check_label(self, label: int | None) -> None:
         if label is None:

@@ -119,6 +119,15 @@ def test_profile_counts_parameters_operations_and_energy(spikegen, run: Path) ->
     assert all(word in out for word in ("parameters:", "MACs", "ACs", "microjoules", "sampling:", "engine: numba"))
 
 
+def test_export_writes_a_program_and_says_what_it_takes(spikegen, run: Path, tmp_path: Path) -> None:
+    code, out, _ = spikegen("export", run, "--format", "torch", "--out", tmp_path / "a.pt2")
+    assert code == 0
+    assert out.splitlines()[0].startswith("noise [2, B, 8] in [0, 1), label [B] in 0..9 -> images [B, 1, 8, 8]")
+    assert out.splitlines()[1] == str(tmp_path / "a.pt2")
+    made = torch.export.load(tmp_path / "a.pt2").module()(torch.rand(2, 3, 8), torch.tensor([0, 5, 9]))
+    assert made.shape == (3, 1, 8, 8)
+
+
 # ---- what a user can get wrong: one line, exit code 2, nothing harmed
 
 
@@ -152,6 +161,12 @@ def test_profile_counts_parameters_operations_and_energy(spikegen, run: Path) ->
         (["sample", "{run}", "--images", "{run}"], "not empty"),
         (["reconstruct", "{run}", "--num", "0"], "--num"),
         (["profile", "{file}"], "is no run folder"),
+        (["export", "{run}", "--format", "nir", "--out", "a.nir"], "NIR cannot express encoder.0.attention"),
+        (["export", "{run}", "--format", "nir", "--out", "{run}/config.yaml"], "ends in .nir"),
+        (["export", "{run}", "--format", "torch", "--out", "{file}/a.pt2"], "cannot write"),
+        (["export", "{run}", "--format", "pdf", "--out", "a.pdf"], "--format"),
+        (["export", "{run}", "--format", "nir"], "--out"),
+        (["export", "{file}", "--format", "onnx", "--out", "a.onnx"], "is no run folder"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(

@@ -45,6 +45,8 @@ def choose(
     warns once where it should have one.
     """
     device = torch.device(device)
+    if torch.compiler.is_exporting():
+        return "torch"  # plain operators, so that the program runs without this package
     if engine == "auto":
         fast = fused_engine(device, dtype, steps)
         if fast is None and device.type in FUSED:
@@ -61,7 +63,7 @@ def choose(
 @torch.compiler.assume_constant_result
 def fused_engine(device: torch.device, dtype: torch.dtype, steps: int = 1) -> str | None:
     """The fused engine for scans of that kind, if there is one."""
-    engine = FUSED.get(device.type)
+    engine = None if torch.compiler.is_exporting() else FUSED.get(device.type)
     return engine if engine and unavailable(engine, device, dtype, steps) is None else None
 
 

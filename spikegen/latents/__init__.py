@@ -23,11 +23,13 @@ LatentModule = Bernoulli | Poisson | Gaussian | Spatial
 
 __all__ = [
     "BernoulliSpec",
+    "Gaussian",
     "GaussianPosterior",
     "GaussianSpec",
     "Latent",
     "LatentModule",
     "LatentSpec",
+    "Poisson",
     "PoissonSpec",
     "Posterior",
     "Prior",
