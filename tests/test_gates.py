@@ -36,13 +36,13 @@ def watch(model: SpikingVAE, name: str) -> list[tuple[Tensor, Tensor]]:
     seen: list[tuple[Tensor, Tensor]] = []
     block = model.get_submodule(f"{name}.attention")
     if isinstance(block, MultiAttention) and block.in_scan:
-        gate = block.gate_membrane
+        gate = block.gate_step
 
         def gated(u: Tensor) -> Tensor:
             seen.append((u.unsqueeze(0), gate(u).unsqueeze(0)))
             return seen[-1][1][0]
 
-        block.gate_membrane = gated  # type: ignore[method-assign]
+        block.gate_step = gated  # type: ignore[method-assign]
     else:
         block.register_forward_hook(lambda _module, inputs, output: seen.append((inputs[0], output)))
     return seen
