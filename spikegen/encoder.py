@@ -69,8 +69,8 @@ class Encoder(nn.ModuleList):
                     last = k == len(stages) - 1
                     self.append(ResidualStage(spec, width, own, engine, chosen, num_steps, last))
             width = spec.channels
-        factor = reduction(stages)
-        self.shape = (width, image_shape[1] // factor, image_shape[2] // factor)
+        height, wide = (_size_after(stages, size) for size in image_shape[1:])
+        self.shape = (width, height, wide)
         """Of the features at each step: channels, height, width."""
 
     def forward(
@@ -109,3 +109,12 @@ class Encoder(nn.ModuleList):
         wanted = (*((self.num_steps,) if self.encoding.has_time else ()), *self.image_shape)
         if tuple(image.shape[1:]) != wanted:
             raise UserError(f"the model takes images of {wanted}; got {tuple(image.shape[1:])}")
+
+
+def _size_after(stages: Sequence[EncoderStageSpec], size: int) -> int:
+    """Convolutions with a stride round up, pooling rounds down."""
+    for stage in stages:
+        size = -(-size // stage.stride)
+        if isinstance(stage, StageSpec) and stage.pool is not None:
+            size //= stage.pool.size
+    return size

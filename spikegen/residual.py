@@ -101,7 +101,7 @@ class Block(nn.Module):
         self.attention, self.variant = attention, spec.variant
         self.shortcut: nn.Conv2d | None = None
         if stride != 1 or inputs != width:
-            self.pool = nn.AvgPool2d(stride) if stride != 1 else nn.Identity()
+            self.pool = nn.AvgPool2d(stride, ceil_mode=True) if stride != 1 else nn.Identity()
             self.shortcut = nn.Conv2d(inputs, width, 1, bias=False)
             self.shortcut_norm = ThresholdNorm(width, threshold)
 

@@ -77,6 +77,15 @@ def test_pooling_is_where_it_is_said_to_be(of, kind):
     torch.testing.assert_close(found, spikes)
 
 
+@pytest.mark.parametrize("stages", [STAGES, RESIDUAL, [{"channels": 4}, {"channels": 4}]])
+@pytest.mark.parametrize("size", [(7, 7), (9, 10), (17, 11)])
+def test_sizes_that_the_stages_do_not_divide(stages, size):
+    model = classifier((1, *size), stages=stages).eval()
+    features, _ = model.encoder(torch.randn(2, 1, *size))
+    assert features.shape[2:] == model.encoder.shape
+    assert model(torch.randn(2, 1, *size)).logits.shape == (2, 3)
+
+
 def test_frames_are_taken_one_a_step():
     model = classifier((2, 8, 8), encoding={"kind": "frames"}, stages=[{"channels": 16}]).eval()
     frames = torch.randint(0, 4, (5, 3, 2, 8, 8)).float()
