@@ -12,7 +12,8 @@ from torch.utils.tensorboard import SummaryWriter
 from spikegen.classifier import SpikingClassifier, load_encoder
 from spikegen.config import Config
 from spikegen.data import ImageSet
-from spikegen.images import Part
+from spikegen.images import Part, to_input
+from spikegen.isometry import warn_if_unstable
 from spikegen.kernels import choose
 from spikegen.loop import Session, State, foreign_checkpoint, leave_if_stopped, run_phase
 from spikegen.phases import autoencoder_phase, classifier_phase, load_judge, prior_phase, refining_phase
@@ -77,6 +78,8 @@ def train(config: Config, out: str | Path, *, resume: bool = False, device: str 
         if isinstance(model, SpikingVAE):
             _run_phases(session, model, state, number)
         else:
+            if state is None and accelerator.is_main_process and len(train_set):
+                warn_if_unstable(model, to_input(train_set.images[:16].to(accelerator.device)))
             run_phase(session, classifier_phase(session, model), state)
     return run.path
 
