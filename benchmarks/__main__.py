@@ -18,6 +18,7 @@ ROWS: dict[str, Callable[[Setting], Iterator[Line]]] = {
     "lif": scan_rows.lif,
     "stage": scan_rows.stage,
     "tcja": model_rows.tcja,
+    "attention": model_rows.attention,
     "train": model_rows.train,
     "sample": model_rows.sample,
     "score": score_rows.score,

@@ -110,6 +110,26 @@ def tcja(setting: Setting) -> Iterator[Line]:
         yield line("tcja", case, seconds, images=len(image), besides=(ratio,))
 
 
+def attention(setting: Setting) -> Iterator[Line]:
+    """Training steps with Attention-SNN's gates in every stage, on the currents, over one without."""
+    kinds = ("ca", "csa", "tcsa")
+    for bf16 in (False, True):
+        steps: dict[str, Work] = {}
+        for kind in (None, *kinds):
+            chosen = f"{{kind: {kind}, placement: post}}" if kind else "null"
+            config = load_config("mnist", [f"model.attention={chosen}", *(QUICK if setting.quick else ())])
+            model = build(config, setting.device).train()
+            image = images(model, 8 if setting.quick else 50)
+            label = torch.arange(len(image), device=setting.device) % len(model.classes)
+            steps[kind or "without"] = training_step(model, config, image, label, setting, bf16)
+        seconds = race(steps, setting)
+        bare, slowest = seconds.pop("without"), seconds["tcsa"]
+        ratios = tuple(f"{kind} {seconds[kind] / bare:.3f}" for kind in kinds)
+        case = f"training step of `mnist` with tcsa, post, batch {len(image)}, {'bf16' if bf16 else 'fp32'}"
+        besides = (f"times the step without: {', '.join(ratios)}",)
+        yield line("attention", case, {"ours": slowest}, images=len(image), besides=besides)
+
+
 def train(setting: Setting) -> Iterator[Line]:
     """A training step of the paper's network, T = 16."""
     config, batch = fsvae(setting), 4 if setting.quick else 32

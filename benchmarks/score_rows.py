@@ -13,9 +13,9 @@ from benchmarks.timing import Setting, race
 from spikegen.extractors import Extractor, load_extractor
 from spikegen.features import extract
 from spikegen.images import ImageSet
+from spikegen.loop import training_batch
 from spikegen.metrics import frechet_distance, statistics_of
 from spikegen.references import BATCH
-from spikegen.training import _batch
 
 
 class _FeaturesAlone(nn.Module):
@@ -69,7 +69,7 @@ def data(setting: Setting) -> Iterator[Line]:
     model = build(config, setting.device).train()
 
     def fetch() -> Tensor:
-        return _batch(images, config, 0, device, slice(0, batch))[0]
+        return training_batch(images, config, 0, device, slice(0, batch))[0]
 
     step = training_step(model, config, fetch(), None, setting, bf16=True)
     seconds = race({"ours": fetch, "step": step}, setting)
