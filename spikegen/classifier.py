@@ -92,7 +92,7 @@ class SpikingClassifier(nn.Module, PyTorchModelHubMixin):
         self.encoder = Encoder(
             model.stages, image_shape, steps, model.encoding, neuron, engine, model.attention, model.norm_scale
         )
-        self.head = model.head.build(self.encoder.shape, len(classes), steps, neuron, engine)
+        self.head = model.head.build(self.encoder.shape, len(classes), steps, neuron, engine, model.norm_scale)
         self.to(memory_format=torch.channels_last)
 
     def forward(self, image: Float[Tensor, "B *image"], *, seed: int = 0, first: int = 0) -> ClassifierOutput:

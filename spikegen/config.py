@@ -223,7 +223,16 @@ def _check_classifier(config: Config, model: ClassifierConfig) -> None:
         raise ValueError("training.prior_lr is for latents, which a classifier has not; set it to 1")
     if config.scoring.extractor is not None or config.scoring.metrics != ScoringConfig().metrics:
         raise ValueError("scoring.extractor and scoring.metrics are of generated images; a classifier has none")
-    if config.scoring.votes > 1 and config.training.augment is None:
+    if losses.kind == "smse" and losses.smoothing:
+        raise ValueError("training.losses.smoothing is of ce and tet, not smse; set it to 0")
+    if losses.kind != "tet" and (losses.tet_weight, losses.tet_mean) != (1e-3, 1.0):
+        raise ValueError(f"training.losses.tet_weight and tet_mean are of tet, not {losses.kind}; leave them out")
+    augment = config.training.augment
+    if augment is not None and (side := max(augment.cutout, augment.roll)) > data.image_size:
+        raise ValueError(f"training.augment has {side} pixels of cutout or roll, more than data.image_size has")
+    if augment is not None and augment.flip and data.flip:
+        raise ValueError("data.flip and training.augment.flip are the same; set one of them")
+    if config.scoring.votes > 1 and augment is None:
         raise ValueError("scoring.votes takes views augmented as in training: it needs training.augment")
     if data.is_events != (model.encoding.kind == "frames"):
         right = "frames" if data.is_events else "direct, rate or latency"

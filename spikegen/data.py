@@ -1,11 +1,14 @@
 """Data: which images, as one uint8 tensor in memory or memory-mapped, and their labels."""
 
+import functools
 import os
 from pathlib import Path
 from typing import Literal
 
 import torch
+from jaxtyping import Int64, UInt8
 from pydantic import Field, field_validator, model_validator
+from torch import Tensor
 from torchvision import datasets
 
 from spikegen import saccades, small_sets
@@ -121,58 +124,76 @@ class DataSpec(Spec):
         split officially (CelebA's validation part is unused), digits, folders and recordings of events as `digits`,
         `scan_folder` and `recordings` say. UserError: data absent, or damaged.
         """
-        if split == "validation" or (split == "train" and self.validation):
-            return self._part(split)
-        limit = self.train_limit if split == "train" else None
+        if split == "validation" and not self.validation:
+            time = (self.frames,) if self.is_events else ()
+            nothing = torch.zeros(0, *time, self.image_channels(), self.image_size, self.image_size, dtype=torch.uint8)
+            return ImageSet(nothing, torch.zeros(0, dtype=torch.int64), self.class_names())
         if self.name in ("celeba", "folder"):
-            return self._load_files(split, limit)
+            return self._load_files(split)
         if self.is_events:
-            return self._load_events(split, limit)
+            return self._load_events(split)
+        images, labels = self._small(split)
+        return ImageSet(resize(images, self.image_size), labels, self.class_names())
+
+    def _small(self, split: Part) -> tuple[UInt8[Tensor, "N C H W"], Int64[Tensor, " N"]]:
+        source = _source(split)
         if self.name == "digits":
-            images, labels = small_sets.digits(split)
+            images, labels = small_sets.digits(source)
         elif self.name == "cifar10":
-            images, labels = small_sets.cifar10(self._root(), split, self.download)
+            images, labels = small_sets.cifar10(self._root(), source, self.download)
         else:
-            dataset = datasets.MNIST if self.name == "mnist" else datasets.FashionMNIST
-            images, labels = small_sets.mnist(dataset, self._root(), split, self.download)
-        return ImageSet(resize(images[:limit], self.image_size), labels[:limit], self.class_names())
+            dataset = datasets.FashionMNIST if self.name == "fashion_mnist" else datasets.MNIST
+            images, labels = small_sets.mnist(dataset, self._root(), source, self.download)
+        chosen = self._chosen(split, len(images))
+        if isinstance(chosen, range):
+            return images[: len(chosen)], labels[: len(chosen)]
+        return images[chosen], labels[chosen]
 
-    def _part(self, split: Part) -> ImageSet:
-        """Of the training split, what is put aside, or the rest."""
-        whole = self.model_copy(update={"validation": 0, "train_limit": None}).load("train")
-        if self.validation >= len(whole):
-            raise UserError(f"data.validation is {self.validation}, but {self.name} has {len(whole)} training images")
-        order = torch.from_numpy(permutation(VALIDATION_SEED, 0, len(whole)))
-        held = order[: self.validation] if split == "validation" else order[self.validation :]
-        chosen = held.sort().values[: self.train_limit if split == "train" else None]
-        return ImageSet(whole.images[chosen], None if whole.labels is None else whole.labels[chosen], whole.classes)
+    def _chosen(self, split: Part, count: int) -> range | list[int]:
+        """Which of `count` images of the test split or the training split, before any is decoded."""
+        if split == "test":
+            return range(count)
+        if not self.validation:
+            return range(count)[: self.train_limit]
+        if self.validation >= count:
+            raise UserError(f"data.validation is {self.validation}, but {self.name} has {count} training images")
+        order = permutation(VALIDATION_SEED, 0, count)
+        if split == "validation":
+            return sorted(order[: self.validation].tolist())
+        return sorted(order[self.validation :].tolist())[: self.train_limit]
 
-    def _load_files(self, split: Split, limit: int | None) -> ImageSet:
+    def _load_files(self, split: Part) -> ImageSet:
         root = self._root()
         if self.name == "celeba":
-            paths, labels = celeba(root, split, self.attribute, self.download)
+            paths, labels = celeba(root, _source(split), self.attribute, self.download)
             crop, classes = CELEBA_CROP, self.class_names()
         else:
             splits, classes = scan_folder(root)
-            crop, (paths, labels) = None, splits[split]
+            crop, (paths, labels) = None, splits[_source(split)]
         if not paths:
             raise UserError(f"data.root: {root} has no {split} image ({', '.join(IMAGE_SUFFIXES)})")
+        chosen = self._chosen(split, len(paths))
         shape = (self.image_channels(), self.image_size, crop)
-        images = decode_files(paths[:limit], *shape, root=root, cache=default_root() / "cache" / self.name)
-        return ImageSet(images, torch.tensor(labels[:limit]) if classes else None, classes)
+        cache = default_root() / "cache" / self.name
+        images = decode_files([paths[k] for k in chosen], *shape, root=root, cache=cache)
+        return ImageSet(images, torch.tensor([labels[k] for k in chosen]) if classes else None, classes)
 
-    def _load_events(self, split: Split, limit: int | None) -> ImageSet:
+    def _load_events(self, split: Part) -> ImageSet:
         shape, cache = FrameShape(self.frames, self.binning, self.image_size), default_root() / "cache" / self.name
         if self.name == "event_mnist":
-            still, labels = small_sets.mnist(datasets.MNIST, self._root(), split, self.download)
-            still, labels = still[:limit], labels[:limit]
+            still, labels = self._small(split)
             images = saccades.simulated(still, split, self.event_seed, shape, cache)
         else:
-            images, labels = recordings(self.name, self._root(), split, limit, shape, self.download, cache)
+            choose = functools.partial(self._chosen, split)
+            images, labels = recordings(self.name, self._root(), _source(split), choose, shape, self.download, cache)
         return ImageSet(images, labels, self.class_names())
 
     def _root(self) -> Path:
         return default_root() if self.root is None else self.root.expanduser()
+
+
+def _source(split: Part) -> Split:
+    return "test" if split == "test" else "train"
 
 
 def default_root() -> Path:

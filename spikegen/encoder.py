@@ -67,7 +67,7 @@ class Encoder(nn.ModuleList):
                     self.append(down_stage(spec, width, own, engine, gate, alpha))
                 else:
                     last = k == len(stages) - 1
-                    self.append(ResidualStage(spec, width, own, engine, chosen, num_steps, last))
+                    self.append(ResidualStage(spec, width, own, engine, chosen, num_steps, last, alpha))
             width = spec.channels
         height, wide = (_size_after(stages, size) for size in image_shape[1:])
         self.shape = (width, height, wide)

@@ -156,7 +156,7 @@ def measure(model: nn.Module, call: Callable[[], Any], images: int) -> Profile:
         for hook in hooks:
             hook.remove()
         for module in model.modules():
-            for name in ("fire", "fire_changed", "step"):
+            for name in ("fire", "fire_changed", "step", "step_changed"):
                 module.__dict__.pop(name, None)
     return profile
 

@@ -1,6 +1,6 @@
 """The recorded event data sets, in the folders that tonic makes: which files, their labels, and how they are read."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,9 +106,17 @@ EVENT_CLASSES = {name: tuple(kind.labels) for name, kind in SETS.items()} | {"dv
 
 
 def recordings(
-    name: str, root: Path, split: Split, limit: int | None, shape: FrameShape, download: bool, cache: Path
+    name: str,
+    root: Path,
+    split: Split,
+    choose: Callable[[int], Sequence[int]],
+    shape: FrameShape,
+    download: bool,
+    cache: Path,
 ) -> tuple[UInt8[Tensor, "N T 2 H W"], Int64[Tensor, "N"]]:
     """The split's recordings as frames, and their labels; decoded now unless the same files were before.
+
+    `choose` says, of how many there are, which are wanted.
 
     DVS128 Gesture and N-MNIST are split officially. CIFAR10-DVS and N-Caltech101 are not: in each class the files, in
     the order of their names, are permuted with seed 0 (`SPLIT_SEED`); the first nine tenths are for training and
@@ -116,7 +124,8 @@ def recordings(
     """
     kind = SETS[name]
     paths, labels = scan(kind, root, split, download)
-    paths, labels = paths[:limit], labels[:limit]
+    chosen = choose(len(paths))
+    paths, labels = [paths[k] for k in chosen], [labels[k] for k in chosen]
     key = [name, *shape, [stamp(path, root) for path in paths]]
     frames = in_parallel(lambda path: _frames(kind, path, shape), paths)
     images = keep(cache, key, (len(paths), shape.frames, 2, shape.size, shape.size), frames)

@@ -42,7 +42,8 @@ def predict(
         total = _logits(model, shown, batch_size, seed, VIEW_CHUNK * k)
         for vote in range(1, votes):
             assert views is not None
-            with torch.random.fork_rng(devices=[]):
+            views = views.model_copy(update={"mixup": 0.0})  # a view is of one image
+            with torch.random.fork_rng(), torch.autocast(model.device.type, enabled=False):
                 torch.manual_seed(seed + 2**20 * vote + k)
                 view, _ = augment(views, shown, shown.new_zeros(len(shown), 1), 0.0 if chunk.dim() == 5 else -1.0)
             total = total + _logits(model, view, batch_size, seed + vote, VIEW_CHUNK * k)
@@ -63,10 +64,9 @@ def grade(
     assert test.labels is not None
     if test.classes != model.classes:
         raise UserError(f"the model knows the classes {', '.join(model.classes)}, not those of {config.data.name}")
+    batch = min(choice.batch_size, config.training.batch_size)  # what training had memory for
     with torch.autocast(model.device.type, torch.bfloat16, enabled=precision == "bf16"):
-        logits = predict(
-            model, test.images, choice.batch_size, choice.seed, votes=choice.votes, views=config.training.augment
-        )
+        logits = predict(model, test.images, batch, choice.seed, votes=choice.votes, views=config.training.augment)
     if not bool(logits.isfinite().all()):
         raise UserError("a logit is not a finite number; the model has broken weights")
     predicted = logits.argmax(1)
@@ -78,7 +78,7 @@ def grade(
         "seed": choice.seed,
         "votes": choice.votes,
         "precision": precision,
-        "batch_size": choice.batch_size,
+        "batch_size": batch,
         "num_steps": model.config.num_steps,
         "classes": list(model.classes),
         "confusion": counts.tolist(),

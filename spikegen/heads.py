@@ -28,9 +28,15 @@ class HeadSpec(Spec):
     dropout: Dropout = 0.0
 
     def build(
-        self, shape: tuple[int, ...], num_classes: int, num_steps: int, neuron: NeuronSpec, engine: Engine
+        self,
+        shape: tuple[int, ...],
+        num_classes: int,
+        num_steps: int,
+        neuron: NeuronSpec,
+        engine: Engine,
+        norm_scale: float | None = None,
     ) -> "RateHead":
-        """The head for features of `shape`, channels first."""
+        """The head for features of `shape`, channels first; it has no norm to scale."""
         return RateHead(shape[0] if self.pool else math.prod(shape), num_classes, self.pool, self.dropout)
 
 
@@ -51,10 +57,17 @@ class SpikingHeadSpec(Spec):
     attention: Attention | None = None
 
     def build(
-        self, shape: tuple[int, ...], num_classes: int, num_steps: int, neuron: NeuronSpec, engine: Engine
+        self,
+        shape: tuple[int, ...],
+        num_classes: int,
+        num_steps: int,
+        neuron: NeuronSpec,
+        engine: Engine,
+        norm_scale: float | None = None,
     ) -> "SpikingHead":
-        """The head for features of `shape`, channels first."""
-        return SpikingHead(self, math.prod(shape), num_classes, num_steps, neuron, engine)
+        """The head for features of `shape`, channels first; norms bring currents to `norm_scale`, or the threshold."""
+        alpha = 1.0 if norm_scale is None else norm_scale / neuron.mean_threshold
+        return SpikingHead(self, math.prod(shape), num_classes, num_steps, neuron, engine, alpha)
 
 
 Head = Annotated[Annotated[HeadSpec | SpikingHeadSpec, Field(discriminator="kind")], default_kind("rate")]
@@ -72,7 +85,7 @@ class RateHead(nn.Module):
         """The logits, which are one for all steps; and no firing rates."""
         rate = spikes.mean(0)
         rate = rate.flatten(2).mean(2) if self.pool and rate.dim() > 2 else rate.flatten(1)
-        return self.linear(self.dropout(rate)).unsqueeze(0), []
+        return self.linear(self.dropout(rate)).float().unsqueeze(0), []
 
 
 class SpikingHead(nn.Module):
@@ -86,9 +99,10 @@ class SpikingHead(nn.Module):
         num_steps: int,
         neuron: NeuronSpec,
         engine: Engine,
+        scale: float = 1.0,
     ):
         super().__init__()
-        self.votes, alpha = spec.votes, 1.0 if spec.norm else None
+        self.votes, alpha = spec.votes, scale if spec.norm else None
         widths = [features, *spec.hidden]
         self.dropout = nn.Dropout(spec.dropout)
 
@@ -115,7 +129,7 @@ class SpikingHead(nn.Module):
         else:
             assert self.linear is not None
             x = self.linear(x)
-        return x.unflatten(2, (-1, self.votes)).mean(3), rates
+        return x.float().unflatten(2, (-1, self.votes)).mean(3), rates
 
     def _dropped(self, x: Tensor) -> Tensor:
         """One mask for all steps."""

@@ -60,7 +60,8 @@ def classifier_phase(session: Session, model: SpikingClassifier) -> Phase:
         assert label is not None
         target = F.one_hot(label, len(model.classes)).float()
         if settings.augment is not None:
-            image, target = augment(settings.augment, image, target, empty)
+            with torch.autocast(image.device.type, enabled=False):  # positions need more than bf16's bits
+                image, target = augment(settings.augment, image, target, empty)
         output = wrapped(image)
         with torch.autocast(image.device.type, enabled=False):
             return classifier_parts(output, target, spec)
@@ -71,7 +72,7 @@ def classifier_phase(session: Session, model: SpikingClassifier) -> Phase:
         if not count or held_out.labels is None:
             return {}
         with torch.autocast(averaged.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
-            logits = predict(averaged.eval(), held_out.images[:count])
+            logits = predict(averaged.eval(), held_out.images[:count], settings.batch_size)
         right = (logits.argmax(1) == held_out.labels[:count]).double().mean()
         return {"validation_accuracy": right.item()}
 

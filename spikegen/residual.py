@@ -18,8 +18,8 @@ from spikegen.spec import Spec, UserError
 from spikegen.stages import Stage, ThresholdNorm, fold_time
 
 LAST_NORM = 0.2
-"""A block's last norm starts at this part of V_th: with a weak branch the block is near the identity, and a deep stack
-of them still trains (section 2.1 of the paper: phi(J J^T) near 1)."""
+"""A block's last norm has this part of the others' scale: with a weak branch the block is near the identity, and a
+deep stack of them still trains (the paper's block dynamical isometry: phi(J J^T) near 1)."""
 
 
 class StemSpec(Spec):
@@ -90,20 +90,21 @@ class Block(nn.Module):
         neuron: NeuronSpec,
         engine: Engine,
         attention: nn.Module | None,
+        alpha: float = 1.0,
     ):
         super().__init__()
-        width, threshold = spec.channels, neuron.mean_threshold
+        width, scale = spec.channels, alpha * neuron.mean_threshold
         self.neuron = neuron.build(engine)
         first = nn.Conv2d(inputs, width, 3, stride, padding=1, bias=False)
-        self.first = Stage(first, width, neuron, engine, None, alpha=1.0)
+        self.first = Stage(first, width, neuron, engine, None, alpha)
         self.layer = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.norm = ThresholdNorm(width, LAST_NORM * threshold)
+        self.norm = ThresholdNorm(width, LAST_NORM * scale)
         self.attention, self.variant = attention, spec.variant
         self.shortcut: nn.Conv2d | None = None
         if stride != 1 or inputs != width:
             self.pool = nn.AvgPool2d(stride, ceil_mode=True) if stride != 1 else nn.Identity()
             self.shortcut = nn.Conv2d(inputs, width, 1, bias=False)
-            self.shortcut_norm = ThresholdNorm(width, threshold)
+            self.shortcut_norm = ThresholdNorm(width, scale)
 
     def forward(self, u: Float[Tensor, "T B C H W"]) -> tuple[Float[Tensor, "T B c h w"], list[Float[Tensor, ""]]]:
         """The block's currents, and the firing rates of its two neurons."""
@@ -132,6 +133,7 @@ class ResidualStage(nn.Module):
         attention: Attention | None,
         num_steps: int,
         last: bool,
+        alpha: float = 1.0,
     ):
         super().__init__()
         if isinstance(attention, MASpec) and attention.placement == "membrane":
@@ -143,7 +145,7 @@ class ResidualStage(nn.Module):
         self.blocks = nn.ModuleList(
             Block(
                 spec, width, spec.stride if k == 0 else 1, neuron, engine,
-                attention.build(num_steps, spec.channels) if attention else None,
+                attention.build(num_steps, spec.channels) if attention else None, alpha,
             )
             for k, width in enumerate(widths[:-1])
         )  # fmt: skip

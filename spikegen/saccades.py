@@ -19,7 +19,7 @@ from torch import Tensor
 from spikegen.decoding import in_parallel, keep
 from spikegen.draws import uniform_per_image
 from spikegen.events import Events, FrameShape, to_frames
-from spikegen.images import Split, resize
+from spikegen.images import Part, resize
 
 # In the units of N-MNIST's sensor, 34 pixels wide, of which the digit takes 28; its own triangle is 7 wide and 7 high.
 SENSOR, DIGIT = 34, 28
@@ -34,7 +34,7 @@ TEST = 2**32  # what the test images' numbers start from: theirs are other draws
 
 
 def simulated(
-    images: UInt8[Tensor, "N 1 h w"], split: Split, seed: int, shape: FrameShape, cache: Path
+    images: UInt8[Tensor, "N 1 h w"], split: Part, seed: int, shape: FrameShape, cache: Path
 ) -> UInt8[Tensor, "N T 2 H W"]:
     """The images' events as frames, simulated now unless the same ones were before.
 

@@ -48,6 +48,7 @@ def train(config: Config, out: str | Path, *, resume: bool = False, device: str 
             raise UserError(f"{key} {batch} gives norms a single value in {steps} step; use 2 a process or more")
     engine = choose(config.model.engine, wanted, steps=config.model.num_steps)
     dry_run(config)  # finds what cannot be built before the data is fetched
+    encoder = None if resume else _given_encoder(config)
     if resume:
         _require_same(config, run.config(), run)
     elif accelerator.is_main_process:
@@ -72,8 +73,8 @@ def train(config: Config, out: str | Path, *, resume: bool = False, device: str 
         session = Session(run, config, accelerator, train_set, test_set, engine, writer, stop)
         torch.manual_seed(settings.seed)
         model = build_model(config, train_set.classes)
-        if settings.encoder is not None and state is None:
-            load_encoder(model, open_run(settings.encoder, "cpu")[0], settings.encoder)
+        if encoder is not None:
+            model.encoder.load_state_dict(encoder)
         model = model.to(accelerator.device)
         if isinstance(model, SpikingVAE):
             _run_phases(session, model, state, number)
@@ -107,6 +108,16 @@ def _run_phases(session: Session, model: SpikingVAE, state: State | None, number
             _load_frozen(vae, state, session.run)
         own = state if number == 2 else None
         run_phase(session, refining_phase(session, vae, config.refinement, phase.last, own), own)
+
+
+def _given_encoder(config: Config) -> State | None:
+    """The weights that `training.encoder` names, after they are found to fit."""
+    if (source := config.training.encoder) is None:
+        return None
+    given = open_run(source, "cpu")[0]
+    model = build_model(config, config.data.class_names())
+    load_encoder(model, given, source)
+    return model.encoder.state_dict()
 
 
 def build_model(config: Config, classes: tuple[str, ...]) -> SpikingVAE | SpikingClassifier:

@@ -162,6 +162,9 @@ def test_votes_are_the_mean_over_views() -> None:
     thrice = predict(model, images, votes=3, views=AugmentSpec(roll=2))
     assert not torch.allclose(once, thrice)
     torch.testing.assert_close(thrice, predict(model, images, 7, votes=3, views=AugmentSpec(roll=2)))
+    others = torch.cat([images[:20], 255 - images[20:]])
+    mixed = [predict(model, x, votes=3, views=AugmentSpec(roll=2, mixup=0.4))[:20] for x in (images, others)]
+    torch.testing.assert_close(*mixed)  # a view is of one image
     same = predict(model, images, votes=3, views=AugmentSpec())  # views that change nothing
     torch.testing.assert_close(once, same)
 
@@ -204,6 +207,14 @@ def test_an_encoder_can_be_given(tmp_path: Path) -> None:
             torch.testing.assert_close(given[name], value, msg=name)
 
 
+def test_an_encoder_that_cannot_be_had_leaves_no_run_behind(tmp_path: Path, whole: Path) -> None:
+    other = [{"channels": 4}, {"channels": 8, "stride": 1, "pool": {"kind": "avg"}}]
+    for source, changes in ((tmp_path / "nowhere", {}), (whole, {"model__stages": other})):
+        with pytest.raises(UserError):
+            train(tiny(training__encoder=str(source), **changes), tmp_path / "run", device="cpu")
+        assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
@@ -213,6 +224,10 @@ def test_an_encoder_can_be_given(tmp_path: Path) -> None:
         ({"prior": {}}, "prior is of an autoencoder"),
         ({"scoring__metrics": ["fid"]}, "a classifier has none"),
         ({"training__augment": None, "scoring__votes": 2}, "needs training.augment"),
+        ({"training__augment": {"cutout": 9}}, "more than data.image_size"),
+        ({"training__augment": {"flip": True}, "data__flip": True}, "set one of them"),
+        ({"training__losses": {"kind": "smse", "smoothing": 0.1}}, "smoothing is of ce and tet"),
+        ({"training__losses": {"kind": "ce", "tet_mean": 0.5}}, "are of tet, not ce"),
         ({"data__name": "event_mnist"}, "encoding.kind is direct, but data.name event_mnist needs frames"),
         ({"model__encoding": {"kind": "frames"}}, "needs direct, rate or latency"),
     ],

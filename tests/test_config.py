@@ -2,11 +2,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from PIL import Image
 
 from spikegen import Config, UserError, load_config
+from spikegen.attention import TCJASpec
+from spikegen.classifier import ClassifierConfig, SpikingClassifier
 from spikegen.config import dump_config, presets
+from spikegen.stages import StageSpec, ThresholdNorm
 from spikegen.training import dry_run
 
 DATA = ("mnist", "fashion_mnist", "cifar10", "celeba")
@@ -297,3 +301,58 @@ def test_the_reference_in_the_docs_names_every_key() -> None:
     keys = yaml.safe_load(dump_config(load_config("digits")))
     missing = [f"{s}.{k}" for s, section in keys.items() if section for k in section if f"`{s}.{k}`" not in text]
     assert not missing
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "neurons"),
+    [
+        # the reference's 2,324,065 and the time gates of the two layers behind; 106,763 neurons with those two's 267
+        ("ma_snn3_dvs128_gesture", 2_324_065 + 2 * 2 * 60 * 12, 64 * 32**2 + 128 * 16**2 + 128 * 8**2),
+        ("ma_snn5_dvs128_gesture", None, 2_793_472),
+        ("ma_snn5_cifar10_dvs", None, None),
+    ],
+)
+def test_the_event_networks_of_attention_snn(name: str, parameters: int | None, neurons: int | None) -> None:
+    config = load_config(name)
+    assert isinstance(config.model, ClassifierConfig)
+    plain = config.model.model_copy(update={"attention": None})
+    counts, size = [], config.data.image_size
+    for stage in plain.stages:
+        assert isinstance(stage, StageSpec)
+        pooled = stage.pool.size if stage.pool else 1
+        if stage.pool and stage.pool.of == "currents":
+            size //= pooled
+        counts.append(stage.channels * size**2)
+        if stage.pool and stage.pool.of == "spikes":
+            size //= pooled
+    if neurons is not None:
+        assert sum(counts) == neurons
+    with torch.device("meta"):
+        shape = (2, config.data.image_size, config.data.image_size)
+        model = SpikingClassifier(plain, shape, config.data.class_names())
+    if parameters is not None:
+        assert sum(p.numel() for p in model.parameters()) == parameters
+    norms = [m.scale for m in model.modules() if isinstance(m, ThresholdNorm)]
+    assert norms == pytest.approx([1.0] * len(norms))  # ordinary batch norms
+
+
+@pytest.mark.parametrize(
+    ("name", "widths", "attended", "kernels"),
+    [
+        ("tcja_classifier_dvs128_gesture", [128] * 5, [3, 4], [(4, 4), (4, 4)]),
+        ("tcja_classifier_n_caltech101", [64, 128, 256, 256, 512], [3, 4], [(4, 4), (4, 2)]),
+        ("tcja_classifier_cifar10_dvs", [64, 128, 256, 256, 512, 512, 512, 512], [1], [(2, 2)]),
+    ],
+)
+def test_the_event_networks_of_tcja(
+    name: str, widths: list[int], attended: list[int], kernels: list[tuple[int, int]]
+) -> None:
+    model = load_config(name).model
+    assert isinstance(model, ClassifierConfig)
+    assert [s.channels for s in model.stages] == widths
+    blocks = {
+        k: s.attention for k, s in enumerate(model.stages) if isinstance(s, StageSpec) and s.attention != "inherit"
+    }
+    assert list(blocks) == attended
+    assert [(b.kernel_t, b.kernel_c) for b in blocks.values() if isinstance(b, TCJASpec)] == kernels
+    assert model.attention is None

@@ -10,7 +10,10 @@ import torch.nn.functional as F
 from torch.distributions import Bernoulli, kl_divergence
 
 from spikegen import losses
+from spikegen.classifier import ClassifierOutput
+from spikegen.config import ClassifierLosses
 from spikegen.latents import GaussianPosterior, Posterior, Prior
+from spikegen.objective import classifier_parts, total_loss
 
 
 @pytest.fixture(autouse=True)
@@ -181,3 +184,54 @@ def test_frequency_weighs_each_squared_error_by_its_size(shape):
     (weight * torch.fft.fft2(again - target, norm="ortho").abs().square()).mean().backward()
     found.backward()
     torch.testing.assert_close(image.grad, again.grad, rtol=1e-3, atol=1e-6)
+
+
+# ---- classifiers -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("steps", "dtype"), [(1, torch.float32), (5, torch.float32), (3, torch.bfloat16)])
+def test_smse_is_its_loop(steps, dtype):
+    outputs, target = torch.rand(steps, 4, 3).to(dtype), F.one_hot(torch.randint(3, (4,)), 3).float()
+    total = 0.0
+    for t in range(steps):
+        for b in range(4):
+            total += sum((outputs[t, b, i].item() - target[b, i].item()) ** 2 for i in range(3)) / 3
+    assert losses.smse(outputs, target).item() == pytest.approx(total / steps / 4, rel=1e-5)
+
+
+@pytest.mark.parametrize(("weight", "mean", "smoothing"), [(0.0, 1.0, 0.0), (0.3, 0.5, 0.0), (1e-3, 1.0, 0.2)])
+def test_tet_is_its_loop(weight, mean, smoothing):
+    outputs, label = torch.randn(4, 5, 3), torch.randint(3, (5,))
+    target = F.one_hot(label, 3) * (1 - smoothing) + smoothing / 3
+    entropy, pull = 0.0, 0.0
+    for t in range(4):
+        for b in range(5):
+            logs = outputs[t, b] - outputs[t, b].exp().sum().log()
+            entropy -= (target[b] * logs).sum().item() / 20
+            pull += (outputs[t, b] - mean).square().mean().item() / 20
+    found = losses.tet(outputs, label, weight, mean, smoothing).item()
+    assert found == pytest.approx((1 - weight) * entropy + weight * pull, rel=1e-5)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_labels_as_probabilities_give_the_same_loss(smoothing):
+    logits, label = torch.randn(6, 4), torch.randint(4, (6,))
+    mixed = F.one_hot(label, 4).float()
+    torch.testing.assert_close(
+        losses.classification(logits, label, smoothing), losses.classification(logits, mixed, smoothing)
+    )
+
+
+@pytest.mark.parametrize("kind", ["ce", "smse", "tet"])
+def test_a_classifiers_loss_is_the_chosen_one_and_the_penalty(kind):
+    output = ClassifierOutput(torch.randn(3, 5, 4), torch.tensor([0.1, 0.5]))
+    target = F.one_hot(torch.randint(4, (5,)), 4).float()
+    parts = classifier_parts(output, target, ClassifierLosses(kind=kind, firing_rate=2.0, firing_rate_target=0.2))
+    expected = {
+        "ce": losses.classification(output.outputs.mean(0), target),
+        "smse": losses.smse(output.outputs, target),
+        "tet": losses.tet(output.outputs, target, 1e-3, 1.0),
+    }[kind]
+    torch.testing.assert_close(total_loss(parts), expected + 2 * (0.0 + 0.3**2) / 2)
+    right = sum(o.argmax() == t.argmax() for o, t in zip(output.outputs.mean(0), target, strict=True)) / 5
+    torch.testing.assert_close(parts["accuracy"], right)
