@@ -12,6 +12,7 @@ from torch import Tensor
 from torchvision import datasets
 
 from spikegen import saccades, small_sets
+from spikegen.class_names import CIFAR100
 from spikegen.decoding import IMAGE_SUFFIXES, decode_files
 from spikegen.event_sets import EVENT_CLASSES, recordings
 from spikegen.events import Binning, FrameShape
@@ -30,11 +31,20 @@ VALIDATION_SEED = 1
 """Of the choice of validation images, which no setting changes."""
 
 EVENT_SETS = (*EVENT_CLASSES, "event_mnist")
-CHANNELS = {"digits": 1, "mnist": 1, "fashion_mnist": 1, "cifar10": 3, "celeba": 3, **dict.fromkeys(EVENT_SETS, 2)}
+CHANNELS = {
+    "digits": 1,
+    "mnist": 1,
+    "fashion_mnist": 1,
+    "cifar10": 3,
+    "cifar100": 3,
+    "celeba": 3,
+    **dict.fromkeys(EVENT_SETS, 2),
+}
 CLASSES = {
     "digits": tuple("0123456789"),
     "mnist": tuple("0123456789"),
     "fashion_mnist": tuple(datasets.FashionMNIST.classes),
+    "cifar100": CIFAR100,
     "cifar10": ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
     **EVENT_CLASSES,
     "event_mnist": tuple("0123456789"),
@@ -60,6 +70,7 @@ class DataSpec(Spec):
         "mnist",
         "fashion_mnist",
         "cifar10",
+        "cifar100",
         "celeba",
         "folder",
         "dvs128_gesture",
@@ -120,8 +131,8 @@ class DataSpec(Spec):
     def load(self, split: Part) -> ImageSet:
         """The split's images [N, C, image_size, image_size] in the set's own order, and their labels.
 
-        Those of event sets are [N, frames, 2, image_size, image_size]. MNIST, Fashion-MNIST, CIFAR-10 and CelebA are
-        split officially (CelebA's validation part is unused), digits, folders and recordings of events as `digits`,
+        Those of event sets are [N, frames, 2, image_size, image_size]. MNIST, Fashion-MNIST, CIFAR and CelebA are split
+        officially (CelebA's validation part is unused), digits, folders and recordings of events as `digits`,
         `scan_folder` and `recordings` say. UserError: data absent, or damaged.
         """
         if split == "validation" and not self.validation:
@@ -139,8 +150,9 @@ class DataSpec(Spec):
         source = _source(split)
         if self.name == "digits":
             images, labels = small_sets.digits(source)
-        elif self.name == "cifar10":
-            images, labels = small_sets.cifar10(self._root(), source, self.download)
+        elif self.name in ("cifar10", "cifar100"):
+            kind = datasets.CIFAR10 if self.name == "cifar10" else datasets.CIFAR100
+            images, labels = small_sets.cifar(kind, self._root(), source, self.download)
         else:
             dataset = datasets.FashionMNIST if self.name == "fashion_mnist" else datasets.MNIST
             images, labels = small_sets.mnist(dataset, self._root(), source, self.download)

@@ -69,6 +69,9 @@ class Run:
                 break
             if not isinstance(row, dict) or "images_seen" not in row:
                 raise UserError(f"{self.metrics_file}: a row without images_seen; it is not a run's metrics")
+            for key, value in row.items():
+                if not isinstance(value, int | float) and key != "engine":
+                    raise UserError(f"{self.metrics_file}: {key} is {value!r}, no number; it is not a run's metrics")
             rows.append(row)
         return rows
 
@@ -88,7 +91,9 @@ class Run:
         """The newest checkpoint; tensors alone are read (weights_only), never arbitrary pickled objects."""
         files = self._checkpoint_files()
         if not files:
-            raise UserError(f"{self.path} has no checkpoint to resume from; train it anew with another --out")
+            raise UserError(
+                f"{self.path} has no checkpoint to resume from; delete it, or choose another --out, and train anew"
+            )
         try:
             state: dict[str, Any] = torch.load(files[-1], map_location=device, weights_only=True)
         except Exception as error:
@@ -141,6 +146,8 @@ def open_run(source: str | Path, device: str = "auto") -> tuple[SpikingVAE | Spi
         return load_model(source, device), None
     config = run.config()
     saved = run.model / CONFIG
+    if not saved.is_file() and not run.checkpoints.is_dir():
+        raise UserError(f"{run.path} has neither a model nor a checkpoint: delete it and train anew")
     if not saved.is_file():
         raise UserError(
             f"{run.path} has no model yet; go on with: spikegen train {run.config_file} --out {run.path} --resume"

@@ -65,9 +65,11 @@ def _content(path: Path, md5: str) -> bytes:
             return b""
 
 
-def cifar10(root: Path, split: Split, download: bool) -> Labelled:
-    """CIFAR-10 from torchvision's layout, unpacked there if need be: 50,000 train, 10,000 test."""
-    cifar = datasets.CIFAR10
+def cifar(cifar: type[datasets.CIFAR10], root: Path, split: Split, download: bool) -> Labelled:
+    """CIFAR-10, or CIFAR-100 with its fine labels, from torchvision's layout, unpacked there if need be.
+
+    50,000 train, 10,000 test.
+    """
     folder, packed = root / cifar.base_folder, root / cifar.filename
     published = {**dict(cifar.train_list), **dict(cifar.test_list), cifar.meta["filename"]: cifar.meta["md5"]}
     if not all((folder / name).exists() for name in published):

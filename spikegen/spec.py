@@ -50,7 +50,8 @@ def explain(spec: type[Spec], error: ValidationError) -> str:
     elif first["type"] == "missing":
         line = f"{key} is missing"
     elif "expected_tags" in context or first["type"] == "literal_error":
-        choices = re.findall(r"'([^']*)'", context.get("expected_tags", context.get("expected", "")))
+        expected = context.get("expected_tags", context.get("expected", ""))
+        choices = re.findall(r"'([^']*)'", expected) or re.split(r", | or ", expected)
         got = context.get("tag", first["input"])
         kind = ".kind" if "expected_tags" in context else ""
         line = f"{key}{kind} is {got!r}; {suggest(str(got), choices)}"
@@ -75,7 +76,7 @@ def _walk(spec: type[Spec], loc: tuple[int | str, ...]) -> tuple[list[type[Spec]
         models = here
         if isinstance(part, str) and any(part in m.model_fields for m in here):
             here = [s for m in here if part in m.model_fields for s in _specs(m.model_fields[part].annotation)]
-        elif isinstance(part, str) and part in (tags := {_tag(m): m for m in here}):
+        elif isinstance(part, str) and part in (tags := {tag: m for m in here for tag in _tags(m)}):
             here = [tags[part]]
             continue
         elif isinstance(part, str) and (part.startswith("function-") or part[:1].isupper() or "[" in part):
@@ -84,9 +85,9 @@ def _walk(spec: type[Spec], loc: tuple[int | str, ...]) -> tuple[list[type[Spec]
     return models, shown
 
 
-def _tag(spec: type[Spec]) -> str:
+def _tags(spec: type[Spec]) -> tuple[str, ...]:
     field = spec.model_fields.get("kind")
-    return str(field.default) if field else spec.__name__
+    return get_args(field.annotation) if field else (spec.__name__,)
 
 
 def _specs(annotation: Any) -> list[type[Spec]]:

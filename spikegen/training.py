@@ -131,6 +131,7 @@ def build_model(config: Config, classes: tuple[str, ...]) -> SpikingVAE | Spikin
 def dry_run(config: Config) -> str:
     """Build the model on the meta device, which takes no memory, and say how large it is."""
     load_judge(config, torch.device("cpu"))
+    _given_encoder(config)
     with torch.device("meta"):
         model = build_model(config, config.data.class_names())
         if config.prior is not None and isinstance(model, SpikingVAE):

@@ -18,7 +18,7 @@ PAPER = [f"{paper}_{data}" for paper in ("fsvae", "tcja") for data in DATA]
 OTHERS = [f"{paper}_{data}" for paper in ("esvae", "taid", "ann") for data in DATA]
 OURS = ["digits", "mnist", "fashion_mnist", "cifar10", "celeba", "event_mnist"]
 CLASSIFIERS = [
-    *(f"tcja_classifier_{d}" for d in ("mnist", "fashion_mnist", "cifar10")),
+    *(f"tcja_classifier_{d}" for d in ("mnist", "fashion_mnist", "cifar10", "cifar100")),
     *(f"tcja_classifier_{d}" for d in ("dvs128_gesture", "n_caltech101", "cifar10_dvs")),
     *("ma_snn3_dvs128_gesture", "ma_snn5_dvs128_gesture", "ma_snn5_cifar10_dvs"),
     *(f"att_res_snn_{depth}" for depth in (18, 34, 104)),

@@ -114,6 +114,27 @@ def test_cifar_is_unpacked_and_read(tiny_cifar: Path) -> None:
     assert np.array_equal(test.images.numpy(), made["data"].reshape(3, 3, 32, 32))
 
 
+def test_cifar100_is_read_with_its_fine_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cifar, folder, md5s = datasets.CIFAR100, tmp_path / "cifar-100-python", {}
+    folder.mkdir()
+    for name, count in (("train", 4), ("test", 2), ("meta", 1)):
+        rows = RNG.integers(0, 256, (count, 3072), dtype=np.uint8)
+        labels = list(range(98, 98 + count)) if count < 3 else [0, 99, 5, 7]
+        content = pickle.dumps({"data": rows, "fine_labels": labels, "coarse_labels": [0] * count,
+                                "fine_label_names": [str(k) for k in range(100)]})  # fmt: skip
+        (folder / name).write_bytes(content)
+        md5s[name] = hashlib.md5(content).hexdigest()
+    monkeypatch.setattr(cifar, "train_list", [["train", md5s["train"]]])
+    monkeypatch.setattr(cifar, "test_list", [["test", md5s["test"]]])
+    monkeypatch.setattr(cifar, "meta", {**cifar.meta, "md5": md5s["meta"]})
+    spec = DataSpec(name="cifar100", root=tmp_path, download=False)
+    assert [spec.load("train").classes[k] for k in spec.load("train").labels] == ["apple", "worm", "bed", "beetle"]
+    assert spec.load("test").labels.tolist() == [98, 99]
+    assert spec.load("test").images.shape == (2, 3, 32, 32)
+    assert len(set(spec.class_names())) == 100
+    assert list(spec.class_names()) == sorted(spec.class_names())
+
+
 def test_damaged_cifar_is_named_and_not_unpickled(tiny_cifar: Path) -> None:
     load("cifar10", tiny_cifar.parent)
     batch = tiny_cifar.parent / "cifar-10-batches-py" / "data_batch_3"
