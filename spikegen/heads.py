@@ -3,6 +3,7 @@
 import math
 from typing import Annotated, Literal
 
+import torch
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
@@ -85,7 +86,7 @@ class RateHead(nn.Module):
         """The logits, which are one for all steps; and no firing rates."""
         rate = spikes.mean(0)
         rate = rate.flatten(2).mean(2) if self.pool and rate.dim() > 2 else rate.flatten(1)
-        return self.linear(self.dropout(rate)).float().unsqueeze(0), []
+        return _wide(self.linear(self.dropout(rate))).unsqueeze(0), []
 
 
 class SpikingHead(nn.Module):
@@ -129,8 +130,13 @@ class SpikingHead(nn.Module):
         else:
             assert self.linear is not None
             x = self.linear(x)
-        return x.float().unflatten(2, (-1, self.votes)).mean(3), rates
+        return _wide(x).unflatten(2, (-1, self.votes)).mean(3), rates
 
     def _dropped(self, x: Tensor) -> Tensor:
         """One mask for all steps."""
         return x * self.dropout(x.new_ones(x.shape[1:])) if self.training and self.dropout.p else x
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In float32 at least: means of few bits would tie."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
