@@ -1,5 +1,6 @@
 """Images to the first layer's input over time: direct, rate and latency coding."""
 
+from abc import ABC, abstractmethod
 from typing import Annotated, Literal
 
 import torch
@@ -53,7 +54,7 @@ class FramesSpec(Spec):
 EncodingSpec = Annotated[DirectSpec | RateSpec | LatencySpec | FramesSpec, Field(discriminator="kind")]
 
 
-class Encoding:
+class Encoding(ABC):
     """An image to what the first layer sees at each step; nothing in it is learnt."""
 
     static = False  # whether every step is the same, so that the first convolution is needed once, not T times
@@ -62,9 +63,9 @@ class Encoding:
     def __init__(self, num_steps: int):
         self.num_steps = num_steps
 
+    @abstractmethod
     def __call__(self, image: Tensor, uniform: Tensor | None = None) -> Tensor:
-        """See the kinds."""
-        raise NotImplementedError
+        """[T, B, C, H, W] of images; numbers in [0, 1) fix the draws of a kind that has any."""
 
 
 class Direct(Encoding):

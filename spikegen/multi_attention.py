@@ -3,15 +3,24 @@
 Each gate is sigmoid(F(mean) + F(max)) of the same tensor squeezed two ways; combinations are serial, T then C then S.
 """
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, model_validator
 from torch import Tensor, nn
 
 from spikegen.spec import Spec, UserError
+
+
+def _odd(value: int) -> int:
+    if value % 2 == 0:
+        raise ValueError("an even kernel has no middle; use an odd one")
+    return value
+
+
+OddKernel = Annotated[int, Field(ge=1, le=63), AfterValidator(_odd)]
 
 
 class MASpec(Spec):
@@ -29,7 +38,7 @@ class MASpec(Spec):
     reduction_t: int = Field(16, ge=1, le=2**16)
     """r_t and r_c, the paper's ratios: the hidden widths are T // r_t and C // r_c, and at least 1."""
     reduction_c: int = Field(16, ge=1, le=2**16)
-    kernel: int = Field(7, ge=1, le=63)
+    kernel: OddKernel = 7
     """Of the space gate's convolution."""
     per_step: bool = True
     relu: bool = False
@@ -40,13 +49,6 @@ class MASpec(Spec):
     def _as_published(cls, values: Any) -> Any:
         published = {"relu": True, "per_step": False, "kernel": 3}
         return published | values if isinstance(values, dict) and values.get("authors") is True else values
-
-    @field_validator("kernel")
-    @classmethod
-    def _odd(cls, value: int) -> int:
-        if value % 2 == 0:
-            raise ValueError("an even kernel has no middle; use an odd one")
-        return value
 
     @model_validator(mode="after")
     def _possible(self) -> "MASpec":

@@ -7,12 +7,12 @@ from typing import Literal
 
 import torch
 from jaxtyping import Float
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor, nn
 
 from spikegen.attention import Attention
 from spikegen.kernels import Engine
-from spikegen.multi_attention import MASpec
+from spikegen.multi_attention import MASpec, OddKernel
 from spikegen.neurons import Neuron, NeuronSpec
 from spikegen.spec import Spec, UserError
 from spikegen.stages import Stage, ThresholdNorm, fold_time
@@ -27,15 +27,8 @@ class StemSpec(Spec):
 
     kind: Literal["stem"] = "stem"
     channels: int = Field(ge=1, le=2**16)
-    kernel: int = Field(7, ge=1, le=63)
+    kernel: OddKernel = 7
     stride: Literal[1, 2] = 2
-
-    @field_validator("kernel")
-    @classmethod
-    def _odd(cls, value: int) -> int:
-        if value % 2 == 0:
-            raise ValueError("an even kernel has no middle; use an odd one")
-        return value
 
     @property
     def reduction(self) -> int:
