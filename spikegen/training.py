@@ -47,7 +47,7 @@ def train(config: Config, out: str | Path, *, resume: bool = False, device: str 
         if batch // accelerator.num_processes * steps < 2:
             raise UserError(f"{key} {batch} gives norms a single value in {steps} step; use 2 a process or more")
     engine = choose(config.model.engine, wanted, steps=config.model.num_steps)
-    dry_run(config)  # finds what cannot be built before the data is fetched
+    _built(config)  # finds what cannot be built before the data is fetched
     encoder = None if resume else _given_encoder(config)
     if resume:
         _require_same(config, run.config(), run)
@@ -130,8 +130,12 @@ def build_model(config: Config, classes: tuple[str, ...]) -> SpikingVAE | Spikin
 
 def dry_run(config: Config) -> str:
     """Build the model on the meta device, which takes no memory, and say how large it is."""
-    load_judge(config, torch.device("cpu"))
     _given_encoder(config)
+    return _built(config)
+
+
+def _built(config: Config) -> str:
+    load_judge(config, torch.device("cpu"))
     with torch.device("meta"):
         model = build_model(config, config.data.class_names())
         if config.prior is not None and isinstance(model, SpikingVAE):
