@@ -37,15 +37,15 @@ def predict(
     With more than one vote they are the mean over each image and votes - 1 views of it, augmented as `views` says.
     """
     parts = []
+    alone = None if views is None else views.model_copy(update={"mixup": 0.0})  # a view is of one image
     for k, chunk in enumerate(images.split(VIEW_CHUNK)):
         shown = to_input(chunk.to(model.device))
         total = _logits(model, shown, batch_size, seed, VIEW_CHUNK * k)
         for vote in range(1, votes):
-            assert views is not None
-            views = views.model_copy(update={"mixup": 0.0})  # a view is of one image
+            assert alone is not None
             with torch.random.fork_rng(), torch.autocast(model.device.type, enabled=False):
                 torch.manual_seed(seed + 2**20 * vote + k)
-                view, _ = augment(views, shown, shown.new_zeros(len(shown), 1), 0.0 if chunk.dim() == 5 else -1.0)
+                view, _ = augment(alone, shown, shown.new_zeros(len(shown), 1), 0.0 if chunk.dim() == 5 else -1.0)
             total = total + _logits(model, view, batch_size, seed + vote, VIEW_CHUNK * k)
         parts.append(total / votes)
     return torch.cat(parts)

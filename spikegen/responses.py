@@ -17,7 +17,8 @@ from spikegen.images import to_input
 from spikegen.neurons import LIF
 from spikegen.vae import SpikingVAE
 
-BATCH = 64
+BATCH = 8
+"""Images at a time: all the spikes of all the layers are in memory at once."""
 
 METHODS = ("fire", "fire_changed", "step", "step_changed")
 """How stages call a neuron."""
