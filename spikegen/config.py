@@ -126,8 +126,8 @@ class RefinementConfig(LoopConfig):
     """Drawn once, before it begins."""
     adversarial: float = Field(0.01, ge=0)
     """Weight of what the discriminator says, beside reconstruction's, which is 1."""
-    frequency: float = Field(0.0, ge=0)
-    """Weight of the copies' focal frequency loss."""
+    perceptual: float = Field(0.0, ge=0)
+    """Weight of the copies' distance to their images, as `training.losses.perceptual` has it."""
     penalty: float = Field(0.1, ge=0)
     """Weight of half the squared slope of the discriminator at images and at samples, in its own loss."""
     width: int = Field(32, ge=1, le=2**12)

@@ -164,7 +164,7 @@ def measure(model: nn.Module, call: Callable[[], Any], images: int) -> Profile:
 def _counter(cost: LayerCost, profile: Profile) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
     def count(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         profile.layers[cost.name] = cost
-        x = inputs[0]
+        x = output if isinstance(module, MultiAttention) else inputs[0]  # its currents may be one step for all
         cost.inputs += x.numel()
         cost.active += x.numel() if isinstance(module, EarlierSteps) else int(x.count_nonzero())
         cost.binary &= not isinstance(module, TCJA | MultiAttention | EarlierSteps) and _is_binary(x)

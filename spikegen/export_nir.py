@@ -18,8 +18,9 @@ from spikegen.heads import RateHead, SpikingHead
 from spikegen.neurons import LIF
 from spikegen.residual import Block, ResidualStage, Stem
 from spikegen.spec import UserError
-from spikegen.stages import Stage, ThresholdNorm
+from spikegen.stages import Stage
 from spikegen.storage import replacing
+from spikegen.threshold_norm import ThresholdNorm
 from spikegen.vae import SpikingVAE
 
 DT = 1e-4

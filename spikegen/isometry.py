@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from spikegen.classifier import SpikingClassifier
 from spikegen.encoder import Encoder
 from spikegen.residual import ResidualStage, Stem
-from spikegen.stages import MOMENTUM, ThresholdNorm
+from spikegen.threshold_norm import MOMENTUM, ThresholdNorm
 from spikegen.vae import SpikingVAE
 
 M = TypeVar("M", bound=nn.Module)

@@ -11,7 +11,9 @@ from jaxtyping import Float
 from pydantic import AfterValidator, Field, model_validator
 from torch import Tensor, nn
 
+from spikegen.kernels import attending
 from spikegen.spec import Spec, UserError
+from spikegen.threshold_norm import ThresholdNorm
 
 
 def _odd(value: int) -> int:
@@ -87,13 +89,27 @@ class MultiAttention(nn.Module):
         """Whether `gate_step` is for the membrane."""
         return self.spec.placement == "membrane"
 
-    def forward(self, current: Float[Tensor, "T B C *hw"]) -> Float[Tensor, "T B C *hw"]:
-        """The gated currents; UserError when their steps or channels are not those that the block was built for."""
-        if current.shape[0] != self.num_steps or current.shape[2] != self.channels:
+    def forward(
+        self,
+        current: Float[Tensor, "t B C *hw"],
+        norm: ThresholdNorm | None = None,
+        offset: Float[Tensor, " C"] | None = None,
+    ) -> Float[Tensor, "T B C *hw"]:
+        """The gated currents, after `norm` of current + offset where it is given; one step may stand for all T.
+
+        UserError when their steps or channels are not those that the block was built for.
+        """
+        if current.shape[0] not in (1, self.num_steps) or current.shape[2] != self.channels:
             raise UserError(
                 f"attention {self.spec.kind} was built for T={self.num_steps} steps and C={self.channels} channels, "
                 f"but the currents have T={current.shape[0]} and C={current.shape[2]}"
             )
+        if attending.fits(current):
+            parts = ("t", False) if self.in_scan else ("tcs", self.spec.relu)
+            return self._fused(current, self.num_steps, norm, offset, *parts)
+        if norm is not None:
+            current = norm.of(current, offset).apply(current)
+        current = current.expand(self.num_steps, *current.shape[1:])
         if self.time is not None:
             squeezed = current.flatten(2)
             current = current * _wide(self.time(squeezed.mean(2).T, squeezed.amax(2).T).T, current)
@@ -105,7 +121,10 @@ class MultiAttention(nn.Module):
 
     def gate_step(self, u: Float[Tensor, "B C *hw"]) -> Float[Tensor, "B C *hw"]:
         """One step's membrane U, or, where the placement is post, its current: gated over channels, then space."""
-        u = self._over_channels_and_space(u.unsqueeze(0), ()).squeeze(0)
+        x = u.unsqueeze(0)
+        if attending.fits(x):
+            return self._fused(x, 1, None, None, "cs", self.spec.relu).squeeze(0)
+        u = self._over_channels_and_space(x, ()).squeeze(0)
         return u.relu() if self.spec.relu else u
 
     def _over_channels_and_space(self, x: Tensor, steps: tuple[int, ...]) -> Tensor:
@@ -120,6 +139,30 @@ class MultiAttention(nn.Module):
             dims = (*steps, 2)
             x = x * self.space(x.mean(dims, keepdim=True), x.amax(dims, keepdim=True))
         return x
+
+    def _fused(
+        self, y: Tensor, steps: int, norm: ThresholdNorm | None, offset: Tensor | None, gates: str, relu: bool
+    ) -> Tensor:
+        """The same in few passes: the norm and the gates t and c are a scale and a shift, which the squeezed follow."""
+        channels, wide = y.shape[2], torch.promote_types(y.dtype, torch.float32)
+        one = torch.ones(channels, dtype=wide)
+        squeezed = attending.squeeze(y, one if norm is None else one.copysign(norm.weight.detach().to(wide)))
+        shape = steps, y.shape[1], channels
+        y, mean, most = squeezed.y.expand(steps, *y.shape[1:]), squeezed.mean.to(wide), squeezed.most
+        scale, shift = (one, 0 * one) if norm is None else norm.of_squeezed(squeezed, offset).affine()
+        scale, shift = scale.to(wide).expand(shape), shift.to(wide).expand(shape)
+        over = lambda x, how: x if self.spec.per_step else how(x, 0, keepdim=True)  # noqa: E731
+        if self.time is not None and "t" in gates:
+            gate = self.time((scale * mean + shift).mean(2).T, (scale * most + shift).amax(2).T).T.unsqueeze(2)
+            scale, shift = scale * gate, shift * gate
+        if self.channel is not None and "c" in gates:
+            gate = self.channel(over(scale * mean + shift, torch.mean), over(scale * most + shift, torch.amax))
+            scale, shift = scale * gate, shift * gate
+        places = None
+        if self.space is not None and "s" in gates:
+            y, means, mosts = attending.squeeze_channels(y, scale, shift)
+            places = self.space(over(means, torch.mean), over(mosts, torch.amax)).expand(means.shape)
+        return attending.attend(y, scale, shift, places, relu)
 
     def extra_repr(self) -> str:
         """The spec, for print(model)."""

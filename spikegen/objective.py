@@ -27,9 +27,7 @@ def loss_parts(
     prior = prior_term(output, spec)
     parts = {"loss/recon": recon, "recon": recon, "loss/prior": spec.prior_weight * prior, "prior": prior}
     if spec.perceptual and judge is not None:
-        with torch.no_grad():
-            targets = judge.maps(image)
-        distance = losses.perceptual(judge.maps(output.image.float()), targets)
+        distance = perceived(judge, output.image.float(), image)
         parts |= {"loss/perceptual": spec.perceptual * distance, "perceptual": distance}
     if spec.frequency:
         focal = losses.frequency(output.image, image)
@@ -46,6 +44,13 @@ def loss_parts(
         excess = losses.firing_rate(output.firing_rate, spec.firing_rate_target)
         parts["loss/firing_rate"] = spec.firing_rate * excess
     return parts
+
+
+def perceived(judge: SmallCNN, image: Float[Tensor, "B 1 H W"], target: Float[Tensor, "B 1 H W"]) -> Float[Tensor, ""]:
+    """How far the image is from the target in the judge's activations; the gradient is the image's."""
+    with torch.no_grad():
+        targets = judge.maps(target)
+    return losses.perceptual(judge.maps(image), targets)
 
 
 def classifier_parts(

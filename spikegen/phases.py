@@ -1,5 +1,6 @@
 """The phases of a run: the autoencoder, a prior over its spikes, and the decoder's refinement."""
 
+from functools import partial
 from typing import cast
 
 import torch
@@ -15,7 +16,7 @@ from spikegen.extractors import CNN_SIZES, SmallCNN, load_cnn
 from spikegen.grading import predict
 from spikegen.loop import Parts, Phase, Session, State, average_of, leave_if_stopped
 from spikegen.metrics import accuracy, reconstruction_mse
-from spikegen.objective import classifier_parts, loss_parts
+from spikegen.objective import classifier_parts, loss_parts, perceived
 from spikegen.prior import MaskedPrior
 from spikegen.progress import progress_bar
 from spikegen.refining import Game
@@ -34,7 +35,9 @@ def autoencoder_phase(session: Session, model: SpikingVAE) -> Phase:
     assert isinstance(spec, LossesConfig)
     average = average_of(model, config.training.ema)
     averaged = cast(SpikingVAE, average.module)
-    judge = load_judge(config, session.accelerator.device)
+    judge = load_judge(config, "training.losses", spec.perceptual)
+    if judge is not None:
+        judge.to(session.accelerator.device)
 
     def loss(wrapped: nn.Module, image: Tensor, label: Tensor | None, progress: float) -> Parts:
         output = wrapped(image, label, progress=progress)
@@ -79,18 +82,17 @@ def classifier_phase(session: Session, model: SpikingClassifier) -> Phase:
     return Phase(0, settings, len(session.train_set), 0, model, average, averaged, loss, evaluate)
 
 
-def load_judge(config: Config, device: torch.device) -> SmallCNN | None:
-    """The network of the perceptual loss; UserError where the data has none."""
-    losses = config.training.losses
-    if not isinstance(losses, LossesConfig) or not losses.perceptual:
+def load_judge(config: Config, section: str, weight: float) -> SmallCNN | None:
+    """The network of that section's perceptual loss, if it has a weight; UserError where the data has none."""
+    if not weight:
         return None
     name = config.data.name
     if name not in CNN_SIZES:
         raise UserError(
-            f"training.losses.perceptual needs a shipped classifier, which {name} has not, only "
-            f"{', '.join(CNN_SIZES)}; set it to 0"
+            f"{section}.perceptual needs a shipped classifier, which {name} has not, only {', '.join(CNN_SIZES)}; "
+            "set it to 0"
         )
-    return load_cnn(name).eval().requires_grad_(False).to(device)
+    return load_cnn(name).eval().requires_grad_(False)
 
 
 def prior_phase(session: Session, vae: SpikingVAE, settings: PriorConfig, seen: int, fresh: bool) -> Phase:
@@ -127,7 +129,8 @@ def refining_phase(
     frozen = _agreed(vae, session)
     spikes, labels = (state["spikes"], state["labels"]) if state else _draw(session, vae, settings, seen)
     kept = {"vae": frozen, "spikes": spikes, "labels": labels}
-    game = Game(vae, settings.width)
+    judge = load_judge(session.config, "refinement", settings.perceptual)
+    game = Game(vae, settings.width, None if judge is None else partial(perceived, judge.to(vae.device)))
     average = average_of(game, settings.ema)
     averaged = cast(Game, average.module).vae
     conditional = vae.config.conditional
@@ -138,7 +141,7 @@ def refining_phase(
         parts: Parts = wrapped(image, label if conditional else None, spikes[:, which].to(image.dtype), drawn)
         return parts | {
             "loss/recon": parts["recon"],
-            "loss/frequency": settings.frequency * parts["frequency"],
+            **({} if judge is None else {"loss/perceptual": settings.perceptual * parts["perceptual"]}),
             "loss/adversarial": settings.adversarial * parts["adversarial"],
             "loss/discriminator": parts["discriminator"] + settings.penalty / 2 * parts["penalty"],
         }

@@ -20,7 +20,8 @@ from spikegen.kernels import Engine
 from spikegen.mixture import BernoulliMixture
 from spikegen.neurons import LIFSpec, NeuronSpec
 from spikegen.spec import Spec, UserError, parse
-from spikegen.stages import ThresholdNorm, fold_time, point_stage, same_stage
+from spikegen.stages import fold_time, point_stage, same_stage
+from spikegen.threshold_norm import ThresholdNorm
 
 Grid = tuple[int, int, int]
 

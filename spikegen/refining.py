@@ -6,13 +6,14 @@ alone needs: it is not saved with the model.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from spikegen.losses import frequency, reconstruction
+from spikegen.losses import reconstruction
 from spikegen.vae import SpikingVAE
 
 PROBE = 0.01
@@ -49,10 +50,14 @@ class Discriminator(nn.Module):
 
 
 class Game(nn.Module):
-    """Both players; of the model only the decoder learns, its norms as they are in sampling."""
+    """Both players; of the model only the decoder learns, its norms as they are in sampling.
 
-    def __init__(self, vae: SpikingVAE, width: int):
+    `distance`, of copies to their images, is a term of its own where it is given.
+    """
+
+    def __init__(self, vae: SpikingVAE, width: int, distance: Callable[[Tensor, Tensor], Tensor] | None = None):
         super().__init__()
+        self.distance = distance
         self.vae = vae.requires_grad_(False)
         for part in (vae.expand, vae.decoder, vae.readout):
             part.requires_grad_(True)
@@ -82,7 +87,7 @@ class Game(nn.Module):
         with torch.autocast(image.device.type, enabled=False):
             return {
                 "recon": reconstruction(copies, image),
-                "frequency": frequency(copies, image),
+                **({} if self.distance is None else {"perceptual": self.distance(copies, image)}),
                 **self._scores(image, label, samples, drawn_label),
             }
 

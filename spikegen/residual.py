@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from spikegen.attention import Attention
 from spikegen.kernels import Engine
-from spikegen.multi_attention import MASpec, OddKernel
+from spikegen.multi_attention import MASpec, MultiAttention, OddKernel
 from spikegen.neurons import Neuron, NeuronSpec
 from spikegen.spec import Spec, UserError
-from spikegen.stages import Stage, ThresholdNorm, fold_time
+from spikegen.stages import Stage, fold_time
+from spikegen.threshold_norm import ThresholdNorm
 
 LAST_NORM = 0.2
 """A block's last norm has this part of the others' scale: with a weak branch the block is near the identity, and a
@@ -103,9 +104,12 @@ class Block(nn.Module):
         """The block's currents, and the firing rates of its two neurons."""
         spikes, rate = self.neuron.fire(u, None, len(u))
         spikes, second = self.first(spikes.to(u.dtype))
-        v = norm_of(self.norm, fold_time(self.layer, spikes))
-        if self.attention is not None and self.variant == 1:
-            v = self.attention(v)
+        current = fold_time(self.layer, spikes)
+        if self.variant == 1 and isinstance(self.attention, MultiAttention):
+            v = self.attention(current, self.norm).to(current.dtype)  # norm and gates in one
+        else:
+            v = norm_of(self.norm, current)
+            v = self.attention(v) if self.attention is not None and self.variant == 1 else v
         if self.shortcut is not None:
             u = norm_of(self.shortcut_norm, fold_time(self.shortcut, fold_time(self.pool, u)))
         u = u + v

@@ -3,22 +3,18 @@
 from collections.abc import Callable
 from typing import Literal
 
-import torch
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
 from spikegen.attention import Attention
-from spikegen.kernels import Engine, Norm, moments
-from spikegen.kernels.norms import EPSILON
+from spikegen.kernels import Engine
 from spikegen.multi_attention import MultiAttention
 from spikegen.neurons import Neuron, NeuronSpec
 from spikegen.spec import Spec
+from spikegen.threshold_norm import ThresholdNorm
 
 Layer = nn.Conv2d | nn.ConvTranspose2d | nn.Linear
-
-MOMENTUM = 0.1
-"""How fast the running statistics move."""
 
 
 def fold_time(layer: Callable[[Tensor], Tensor], x: Float[Tensor, "T B *n"]) -> Float[Tensor, "T B *m"]:
@@ -53,54 +49,6 @@ class StageSpec(Spec):
     def reduction(self) -> int:
         """By how much it divides height and width."""
         return self.stride * (self.pool.size if self.pool else 1)
-
-
-class ThresholdNorm(nn.Module):
-    """tdBN: scale (x - mean) / sqrt(var + 1e-5), then affine, the statistics over time, batch and space.
-
-    `scale` = alpha V_th brings the currents to the height of the threshold (FSVAE: alpha 1 in the encoder and the
-    decoder, 2 in the prior and the posterior).
-    """
-
-    running_mean: Tensor
-    running_var: Tensor
-
-    def __init__(self, channels: int, scale: float):
-        super().__init__()
-        self.scale = scale
-        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
-        self.register_buffer("running_mean", torch.zeros(channels))
-        self.register_buffer("running_var", torch.ones(channels))
-
-    def forward(self, x: Float[Tensor, "N C *n"]) -> Float[Tensor, "N C *n"]:
-        """The normalised currents; batch statistics in training, the running ones in evaluation."""
-        x = x.unsqueeze(0)
-        return self.of(x).apply(x)[0].to(x.dtype)
-
-    def of(self, x: Float[Tensor, "T B C *n"], offset: Float[Tensor, " C"] | None = None) -> Norm:
-        """The norm that `forward` applies to x + offset, for a scan to apply to x; in training the statistics move."""
-        if not self.training:
-            return self.running(offset)
-        count = x.numel() // x.shape[2]
-        if count < 2:
-            raise ValueError(f"batch statistics need more than one value a channel; got currents of {tuple(x.shape)}")
-        mean, var = moments(x)
-        bias: Tensor = self.bias
-        with torch.no_grad():
-            centre = mean if offset is None else mean + offset
-            self.running_mean.lerp_(centre.to(self.running_mean.dtype), MOMENTUM)
-            self.running_var.lerp_((var * (count / (count - 1))).to(self.running_var.dtype), MOMENTUM)
-        if offset is not None:
-            bias = bias + 0 * offset  # the mean takes an offset away: its gradient is 0, not absent
-        return Norm(self.weight * self.scale, bias, mean, var, batch=True)
-
-    def running(self, offset: Float[Tensor, " C"] | None = None) -> Norm:
-        """The norm under the running statistics, in training too, for networks that are stepped through time."""
-        weight: Tensor = self.weight * self.scale
-        bias: Tensor = self.bias
-        if offset is not None:
-            bias = bias + offset * (weight / torch.sqrt(self.running_var + EPSILON))
-        return Norm(weight, bias, self.running_mean, self.running_var, batch=False)
 
 
 class Stage(nn.Module):
@@ -145,28 +93,28 @@ class Stage(nn.Module):
 
         `direct` is added after the norm.
         """
-        norm = None if self.norm is None else self.norm.of(current, self.bias)
-        dtype = current.dtype
-        gates_currents = isinstance(self.attention, MultiAttention)
-        if norm is not None and (direct is not None or self.pools_currents or gates_currents):
-            current, norm = norm.apply(current), None
+        dtype, norm, attention = current.dtype, self.norm, self.attention
+        if norm is not None and (direct is not None or self.pools_currents):
+            current, norm = norm.of(current, self.bias).apply(current), None
         if direct is not None:
             current = current + direct
         if self.pool is not None and self.pools_currents:
             current = fold_time(self.pool, current)
-        if isinstance(self.attention, MultiAttention):
-            spikes, rate = self._fire_attended(current.expand(steps, *current.shape[1:]), self.attention)
+        if isinstance(attention, MultiAttention):
+            spikes, rate = self._fire_attended(current, norm, attention)
         else:
-            spikes, rate = self.neuron.fire(current, norm, steps)
+            spikes, rate = self.neuron.fire(current, None if norm is None else norm.of(current, self.bias), steps)
         spikes = spikes.to(dtype)
-        if self.attention is not None and not gates_currents:
-            spikes = self.attention(spikes, rate)
+        if attention is not None and not isinstance(attention, MultiAttention):
+            spikes = attention(spikes, rate)
         if self.pool is not None and not self.pools_currents:
             spikes = fold_time(self.pool, spikes)
         return spikes, rate.mean()
 
-    def _fire_attended(self, current: Tensor, attention: MultiAttention) -> tuple[Tensor, Tensor]:
-        current = attention(current)
+    def _fire_attended(
+        self, current: Tensor, norm: ThresholdNorm | None, attention: MultiAttention
+    ) -> tuple[Tensor, Tensor]:
+        current = attention(current, norm, self.bias)
         if attention.in_scan:
             spikes = self.neuron.fire_changed(current, attention.gate_step)
             return spikes, spikes.float()

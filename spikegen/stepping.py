@@ -12,7 +12,8 @@ from spikegen.attention import TCJA
 from spikegen.kernels.gating import gated
 from spikegen.kernels.norms import per_channel
 from spikegen.multi_attention import MultiAttention
-from spikegen.stages import Layer, Stage, ThresholdNorm
+from spikegen.stages import Layer, Stage
+from spikegen.threshold_norm import ThresholdNorm
 
 
 class Stepper:

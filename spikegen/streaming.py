@@ -13,8 +13,9 @@ from spikegen.heads import RateHead, SpikingHead
 from spikegen.multi_attention import MultiAttention
 from spikegen.residual import Block, ResidualStage, Stem
 from spikegen.spec import UserError
-from spikegen.stages import Stage, ThresholdNorm
+from spikegen.stages import Stage
 from spikegen.stepping import AttentionStepper, StageStepper, running_norm
+from spikegen.threshold_norm import ThresholdNorm
 
 Step = Callable[[Tensor], Tensor]
 

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch.utils.tensorboard import SummaryWriter
 
 from spikegen.classifier import SpikingClassifier, load_encoder
-from spikegen.config import Config
+from spikegen.config import Config, LossesConfig
 from spikegen.data import ImageSet
 from spikegen.images import Part, to_input
 from spikegen.isometry import warn_if_unstable
@@ -135,7 +135,10 @@ def dry_run(config: Config) -> str:
 
 
 def _built(config: Config) -> str:
-    load_judge(config, torch.device("cpu"))
+    if isinstance(config.training.losses, LossesConfig):
+        load_judge(config, "training.losses", config.training.losses.perceptual)
+    if config.refinement is not None:
+        load_judge(config, "refinement", config.refinement.perceptual)
     with torch.device("meta"):
         model = build_model(config, config.data.class_names())
         if config.prior is not None and isinstance(model, SpikingVAE):

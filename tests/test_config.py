@@ -10,7 +10,8 @@ from spikegen import Config, UserError, load_config
 from spikegen.attention import TCJASpec
 from spikegen.classifier import ClassifierConfig, SpikingClassifier
 from spikegen.config import dump_config, presets
-from spikegen.stages import StageSpec, ThresholdNorm
+from spikegen.stages import StageSpec
+from spikegen.threshold_norm import ThresholdNorm
 from spikegen.training import dry_run
 
 DATA = ("mnist", "fashion_mnist", "cifar10", "celeba")

@@ -38,4 +38,4 @@ def test_real_data_can_be_read_and_written_beside(real_data: Path) -> None:
 
 
 def test_threads_are_few() -> None:
-    assert torch.get_num_threads() == 2
+    assert torch.get_num_threads() == int(os.environ["OMP_NUM_THREADS"]) <= 2

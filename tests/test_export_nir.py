@@ -12,7 +12,7 @@ from snntorch.import_nir import import_from_nir
 from spikegen.classifier import ClassifierConfig, SpikingClassifier
 from spikegen.export_nir import to_nir, write_nir
 from spikegen.spec import UserError
-from spikegen.stages import ThresholdNorm
+from spikegen.threshold_norm import ThresholdNorm
 from spikegen.vae import ModelConfig, SpikingVAE
 
 STEM = {"kind": "stem", "channels": 4, "kernel": 3, "stride": 1}

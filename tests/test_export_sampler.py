@@ -12,7 +12,7 @@ import torch
 from spikegen.export_sampler import to_program, write_sampler
 from spikegen.prior import MaskedSpec
 from spikegen.spec import UserError
-from spikegen.stages import ThresholdNorm
+from spikegen.threshold_norm import ThresholdNorm
 from spikegen.vae import ModelConfig, SpikingVAE
 
 LATENTS = {

@@ -44,7 +44,12 @@ def watch(model: SpikingVAE, name: str) -> list[tuple[Tensor, Tensor]]:
 
         block.gate_step = gated  # type: ignore[method-assign]
     else:
-        block.register_forward_hook(lambda _module, inputs, output: seen.append((inputs[0], output)))
+
+        def attended(_module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+            current, norm, offset = inputs if isinstance(block, MultiAttention) else (inputs[0], None, None)
+            seen.append((current if norm is None else norm.running(offset).apply(current), output))
+
+        block.register_forward_hook(attended)
     return seen
 
 

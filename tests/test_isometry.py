@@ -10,7 +10,8 @@ from spikegen.classifier import ClassifierConfig, SpikingClassifier
 from spikegen.isometry import FACTOR, IsometryWarning, check, isometry, phi, under_statistics, warn_if_unstable
 from spikegen.neurons import LIFSpec
 from spikegen.residual import Block, ResidualSpec
-from spikegen.stages import StageSpec, ThresholdNorm, down_stage
+from spikegen.stages import StageSpec, down_stage
+from spikegen.threshold_norm import ThresholdNorm
 from spikegen.vae import ModelConfig, SpikingVAE
 
 NEURON = LIFSpec(beta=0.25, threshold=0.5, surrogate={"kind": "rectangle"})

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from spikegen.prior import MaskedSpec, SpikingSelfAttention
 from spikegen.spec import UserError
-from spikegen.stages import ThresholdNorm
+from spikegen.threshold_norm import ThresholdNorm
 from spikegen.vae import ModelConfig, SpikingVAE
 
 GRID, STEPS, BATCH = (2, 3, 3), 2, 4

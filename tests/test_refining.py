@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import torch.nn.functional as F
 import spikegen.loop as loop
 import spikegen.phases as phases
 from spikegen import UserError, train
+from spikegen.extractors import load_cnn
+from spikegen.objective import perceived
 from spikegen.refining import Discriminator, Game
 from spikegen.runs import Run
 from spikegen.training import build_model
@@ -20,7 +23,7 @@ from tests.test_training import PRIOR, SPATIAL, weights_of
 from tests.tiny import tiny_config
 
 REFINEMENT: dict[str, Any] = {
-    "refinement": {"epochs": 0.5, "batch_size": 16, "samples": 70, "width": 4, "frequency": 0.3}
+    "refinement": {"epochs": 0.5, "batch_size": 16, "samples": 70, "width": 4, "perceptual": 0.3}
 }
 DECODER = ("expand.", "decoder.", "readout.")
 
@@ -37,7 +40,8 @@ def build_game(**changes: Any) -> tuple[Game, tuple[torch.Tensor, ...]]:
     spikes, labels = next(vae.draws(16))
     image = torch.rand(16, *vae.image_shape) * 2 - 1
     label = None if labels is None else torch.arange(16) % 10
-    return Game(vae, 4).train(), (image, label, spikes, labels)
+    distance = partial(perceived, load_cnn("digits").eval().requires_grad_(False))
+    return Game(vae, 4, distance).train(), (image, label, spikes, labels)
 
 
 @pytest.mark.parametrize("shape", [(1, 4, 4), (3, 8, 8), (1, 28, 28), (3, 64, 64)])
@@ -54,14 +58,14 @@ def test_a_discriminator_scores_images_of_any_size_each_alone(shape: tuple[int, 
         assert not torch.equal(judge(image, (label + 1) % 3), found)
 
 
-@pytest.mark.parametrize("term", ["recon", "frequency", "adversarial", "discriminator", "penalty"])
+@pytest.mark.parametrize("term", ["recon", "perceptual", "adversarial", "discriminator", "penalty"])
 @pytest.mark.parametrize("conditional", [True, False])
 def test_each_term_moves_its_own_player(term: str, conditional: bool) -> None:
     game, batch = build_game(model__conditional=conditional)
     game(*batch)[term].backward()
     moved = {name for name, p in game.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     assert moved
-    player = "vae." if term in ("recon", "frequency", "adversarial") else "discriminator."
+    player = "vae." if term in ("recon", "perceptual", "adversarial") else "discriminator."
     assert all(name.startswith(player) for name in moved)
     if player == "vae.":
         assert all(name.removeprefix("vae.").startswith(DECODER) for name in moved)
@@ -129,7 +133,7 @@ def test_a_finished_run_can_be_refined_and_only_its_decoder_changes(refined: Pat
     row = next(r for r in rows if "adversarial" in r)
     assert row["loss"] == pytest.approx(
         row["recon"]
-        + 0.3 * row["frequency"]
+        + 0.3 * row["perceptual"]
         + 0.01 * row["adversarial"]
         + row["discriminator"]
         + 0.05 * row["penalty"],

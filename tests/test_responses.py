@@ -8,7 +8,7 @@ from spikegen.classifier import ClassifierConfig, SpikingClassifier
 from spikegen.images import to_input
 from spikegen.inside import inside_figures, isometry_figure, maps_figure, means_figure, rates_figure, tiles
 from spikegen.responses import BATCH, METHODS, network_rate, response_maps, responses, silent_channels, watched
-from spikegen.stages import ThresholdNorm
+from spikegen.threshold_norm import ThresholdNorm
 from spikegen.vae import ModelConfig, SpikingVAE
 
 STAGES = [{"channels": 4, "stride": 1}, {"channels": 6}]

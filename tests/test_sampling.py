@@ -13,7 +13,7 @@ from spikegen.prior import MaskedSpec
 from spikegen.sampling import NEXT_DRAW, Sampling, generate
 from spikegen.scoring import score
 from spikegen.spec import UserError
-from spikegen.stages import ThresholdNorm
+from spikegen.threshold_norm import ThresholdNorm
 from spikegen.vae import ModelConfig, SpikingVAE
 
 

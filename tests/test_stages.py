@@ -6,8 +6,9 @@ from torch import nn
 
 from spikegen.attention import TCJASpec
 from spikegen.neurons import LIFSpec
-from spikegen.stages import StageSpec, ThresholdNorm, dense_stage, down_stage, fold_time, up_stage
+from spikegen.stages import StageSpec, dense_stage, down_stage, fold_time, up_stage
 from spikegen.stepping import Stepper
+from spikegen.threshold_norm import ThresholdNorm
 
 
 @pytest.fixture(autouse=True)

@@ -7,9 +7,9 @@ from spikegen.attention import TCJASpec
 from spikegen.classifier import ClassifierConfig, SpikingClassifier
 from spikegen.multi_attention import MASpec
 from spikegen.responses import watched
-from spikegen.stages import ThresholdNorm
 from spikegen.stepping import AttentionStepper
 from spikegen.streaming import Stream
+from spikegen.threshold_norm import ThresholdNorm
 from tests.inputs import mistake
 
 CLASSES = ("cat", "dog", "bird")

@@ -283,7 +283,14 @@ def test_what_cannot_be_built_is_found_before_the_data_is_read(tmp_path: Path) -
     absent = {"data__name": "mnist", "data__root": str(tmp_path / "absent")}
     for changes, line in (
         ({"data__image_size": 10}, "multiple of 4"),
-        ({"data__name": "cifar10", "training__losses__perceptual": 1.0}, "perceptual needs a shipped classifier"),
+        (
+            {"data__name": "cifar10", "training__losses__perceptual": 1.0},
+            "losses.perceptual needs a shipped classifier",
+        ),
+        (
+            {**SPATIAL, **PRIOR, "data__name": "cifar10", "refinement": {"perceptual": 1.0}},
+            "refinement.perceptual needs a shipped",
+        ),
     ):
         with pytest.raises(UserError, match=line):
             train(tiny_config(**absent | changes), tmp_path / "run", device="cpu")

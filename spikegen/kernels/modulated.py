@@ -16,11 +16,11 @@ def scan(
 
     With the identity this is the scan of every engine (arXiv 2209.13929, eq. 14, has attention for `change`).
     """
-    mem, spikes = torch.zeros(x.shape[1:], dtype=beta.dtype, device=x.device), []
+    mem, spikes = torch.zeros_like(x[0], dtype=beta.dtype), []
     for current in x:
         fired = mem.detach() > threshold
         if reset == "zero":
-            mem = change(mem.masked_fill(fired, 0) * beta + current)
+            mem = change(torch.where(fired, 0.0, mem) * beta + current)
         else:
             mem = change(mem * beta + current - fired * threshold)
         spikes.append(_Fire.apply(mem - threshold, surrogate))

@@ -13,8 +13,9 @@ from spikegen.kernels import Engine
 from spikegen.latents.distributions import Posterior, Prior
 from spikegen.neurons import NeuronSpec
 from spikegen.spec import Spec, UserError
-from spikegen.stages import Stage, ThresholdNorm, dense_stage, fold_time
+from spikegen.stages import Stage, dense_stage, fold_time
 from spikegen.stepping import Stepper
+from spikegen.threshold_norm import ThresholdNorm
 
 Chance = Annotated[float, Field(ge=0, le=1)]
 

@@ -1,0 +1,140 @@
+"""Gates on currents in few passes: squeezes over space and over channels, and gate (scale Y + shift), differentiable.
+
+Y [T, B, C, ...] are the currents as the layer gave them. A norm, and Attention-SNN's gates over time and channels, are
+but a scale and a shift for every channel of every image at every step; its gate over space is one for every place.
+"""
+
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from spikegen.kernels.engines import fused_engine
+from spikegen.kernels.layout import Layout, lay_out
+
+
+class Squeezed(NamedTuple):
+    """Currents, and what they are over space. Go on with `y`: its gradient and those of the others meet in one pass."""
+
+    y: Float[Tensor, "T B C *hw"]
+    mean: Float[Tensor, "T B C"]
+    square: Float[Tensor, "T B C"]
+    """The mean of Y^2; in float64, as the mean."""
+    most: Float[Tensor, "T B C"]
+    """The largest of sign Y, times the sign: what scale Y + shift is largest at."""
+
+
+def fits(y: Float[Tensor, "T B C *hw"]) -> bool:
+    """Whether the functions below take `y`: images, channels last, where the device's fused engine has such passes."""
+    if torch.compiler.is_compiling() or y.dim() < 4 or y.numel() == 0:
+        return False
+    engine = fused_engine(y.device, y.dtype)
+    return engine == "numba" and y.shape[2] <= _passes().MAX_CHANNELS and y[0, 0].movedim(0, -1).is_contiguous()
+
+
+def squeeze(y: Float[Tensor, "T B C *hw"], sign: Float[Tensor, " C"]) -> Squeezed:
+    """See Squeezed; `sign` is that of the scale which the channel will have, 1 or -1."""
+    return Squeezed(*_Squeeze.apply(y, sign))
+
+
+def squeeze_channels(
+    y: Float[Tensor, "T B C *hw"], scale: Float[Tensor, "T B C"], shift: Float[Tensor, "T B C"]
+) -> tuple[Float[Tensor, "T B C *hw"], Float[Tensor, "T B 1 *hw"], Float[Tensor, "T B 1 *hw"]]:
+    """(Y to go on with, mean and largest over the channels of scale Y + shift)."""
+    result: tuple[Tensor, Tensor, Tensor] = _SqueezeChannels.apply(y, scale.contiguous(), shift.contiguous())
+    return result
+
+
+def attend(
+    y: Float[Tensor, "T B C *hw"],
+    scale: Float[Tensor, "T B C"],
+    shift: Float[Tensor, "T B C"],
+    gate: Float[Tensor, "T B 1 *hw"] | None,
+    relu: bool,
+) -> Float[Tensor, "T B C *hw"]:
+    """gate (scale Y + shift), its positive part where `relu`; float32 or wider."""
+    gate = None if gate is None else gate.to(scale.dtype).contiguous()
+    result: Tensor = _Attend.apply(y, scale.contiguous(), shift.contiguous(), gate, relu)
+    return result
+
+
+class _Squeeze(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, sign: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        layout = _layout(y)
+        most = y.new_empty(y.shape[:3], dtype=_wide(y))
+        ties = torch.empty_like(most)
+        mean, square = most.new_empty(2, *most.shape, dtype=torch.float64)
+        _passes().squeeze(layout, y, sign.to(most.dtype), (mean, square, most, ties))
+        ctx.save_for_backward(y, most, ties)
+        return y, mean, square, most
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, grad_mean: Tensor, grad_square: Tensor, grad_most: Tensor) -> Any:
+        y, most, ties = ctx.saved_tensors
+        layout, pixels = _layout(y), y[0, 0, 0].numel()
+        numbers = grad_mean / pixels, 2 * grad_square / pixels, most, grad_most / ties
+        out = layout.empty(y, len(y))
+        given = tuple(k.to(most.dtype).contiguous() for k in numbers)
+        _passes().squeeze_backward(layout, y, layout.dense(grad.to(y.dtype)), given, out)
+        return out, None
+
+
+class _SqueezeChannels(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        mean = scale.new_empty(*y.shape[:2], 1, *y.shape[3:])
+        most = torch.empty_like(mean)
+        _passes().channels(_layout(y), y, scale, shift, mean, most)
+        ctx.save_for_backward(y, scale, shift, most)
+        return y, mean, most
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, grad_mean: Tensor, grad_most: Tensor) -> Any:
+        y, scale, shift, most = ctx.saved_tensors
+        layout = _layout(y)
+        grads = grad_mean.contiguous(), grad_most.contiguous(), most, layout.dense(grad.to(y.dtype))
+        out = layout.empty(y, len(y)), torch.empty_like(scale), torch.empty_like(shift)
+        _passes().channels_backward(layout, y, scale, shift, grads, out)
+        return out
+
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, scale: Tensor, shift: Tensor, gate: Tensor | None, relu: bool) -> Tensor:
+        layout = _layout(y)
+        out = layout.empty(scale, len(y))
+        _passes().attend(layout, y, scale, shift, gate, relu, out)
+        ctx.save_for_backward(y, scale, shift, gate)
+        ctx.relu = relu
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        y, scale, shift, gate = ctx.saved_tensors
+        layout = _layout(y)
+        of_gate = None if gate is None else torch.empty_like(gate)
+        out = layout.empty(y, len(y)), torch.empty_like(scale), torch.empty_like(shift)
+        grad = layout.dense(grad.to(scale.dtype))
+        _passes().attend_backward(layout, y, scale, shift, gate, ctx.relu, grad, (of_gate, *out))
+        return *out, of_gate, None
+
+
+def _layout(y: Tensor) -> Layout:
+    return lay_out(y, len(y), [], 1)[1]
+
+
+def _wide(y: Tensor) -> torch.dtype:
+    return torch.promote_types(y.dtype, torch.float32)
+
+
+def _passes() -> ModuleType:
+    from spikegen.kernels import attend_numba  # numba may be absent
+
+    return attend_numba

@@ -1,0 +1,123 @@
+"""What the engine `numba` is made with: raw pointers, bfloat16, compiled passes, torch's own threads to run them."""
+
+import ctypes
+import functools
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import cfunc, njit, types
+from numba.extending import intrinsic
+from torch import Tensor
+
+WIDTH = 512
+"""Lanes of a block, and that places are merged up to: many vectors, but few enough to stay in the cache."""
+
+CHUNKS = 16
+"""Parts that the rows are cut into at most. Not a function of the threads, so that sums do not depend on them."""
+
+
+# ---- what numba lacks: raw pointers, bfloat16 ------------------------------------------------------------------------
+
+
+@intrinsic
+def pointer(_context: Any, address: Any, dtype: Any) -> Any:
+    """An address as a pointer to `dtype`."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(dtype.dtype)(types.int64, dtype), generate
+
+
+@intrinsic
+def load(_context: Any, value: Any) -> Any:
+    """A number in the type of the membrane; 16 bits are a bfloat16, the upper half of a float32."""
+    half = value == types.uint16
+
+    def generate(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        if not half:
+            return args[0]
+        bits = builder.shl(builder.zext(args[0], ir.IntType(32)), ir.Constant(ir.IntType(32), 16))
+        return builder.bitcast(bits, ir.FloatType())
+
+    return (types.float32 if half else value)(value), generate
+
+
+@intrinsic
+def store(_context: Any, value: Any, like: Any) -> Any:
+    """A membrane's number in the type of `like`, rounded to nearest even for bfloat16."""
+    half = like == types.uint16
+
+    def generate(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        if not half:
+            return args[0]
+        word = lambda number: ir.Constant(ir.IntType(32), number)  # noqa: E731
+        bits = builder.bitcast(args[0], ir.IntType(32))
+        odd = builder.and_(builder.lshr(bits, word(16)), word(1))
+        rounded = builder.lshr(builder.add(bits, builder.add(odd, word(0x7FFF))), word(16))
+        nan = builder.fcmp_unordered("uno", args[0], args[0])
+        return builder.trunc(builder.select(nan, word(0x7FC0), rounded), ir.IntType(16))
+
+    return like(value, like), generate
+
+
+def inlined(function: Callable[..., Any]) -> Any:
+    """A function for the passes to call."""
+    return njit(error_model="numpy", forceinline=True)(bare(function))
+
+
+def bare(function: Callable[..., Any]) -> Any:
+    """Without the decorators that numba does not understand, such as those that check shapes in tests."""
+    return inspect.unwrap(function)
+
+
+# ---- the passes, as functions of (first item, last item, arguments) for torch's thread pool --------------------------
+
+SIGNATURE = types.void(types.int64, types.int64, types.CPointer(types.int64))
+ITEM = {torch.bfloat16: types.uint16, torch.float32: types.float32, torch.float64: types.float64}
+ONE = {torch.bfloat16: np.uint16(0x3F80), torch.float32: np.float32(1), torch.float64: np.float64(1)}
+
+
+def compiled(function: Callable[..., None]) -> Any:
+    """A pass, a function of (first item, last item, arguments) for torch's thread pool."""
+    try:
+        return cfunc(SIGNATURE, cache=True, error_model="numpy")(bare(function))
+    except (RuntimeError, OSError):  # no folder to keep it in can be written: compiled for this process alone
+        return cfunc(SIGNATURE, error_model="numpy")(bare(function))
+
+
+# ---- calling them ----------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def pool() -> Any:
+    """torch's parallel loop, from its stable C interface: the same threads that its own operations use."""
+    folder = Path(torch.__file__).parent / "lib"
+    names = ("libtorch_cpu.so", "libtorch_cpu.dylib", "torch_cpu.dll")
+    library = ctypes.CDLL(str(next(folder / name for name in names if (folder / name).exists())))
+    loop = library.torch_parallel_for
+    loop.argtypes = [ctypes.c_int64] * 3 + [ctypes.c_void_p] * 2
+    return loop
+
+
+def run(function: Any, jobs: int, arguments: list[int]) -> None:
+    """Let torch's threads share the jobs of a pass, which finds the arguments, at most 20, at its third address."""
+    context = np.array(arguments + [0] * (20 - len(arguments)), np.int64)
+    if jobs and pool()(0, jobs, 1, function.address, context.ctypes.data):
+        raise RuntimeError("torch's thread pool failed")
+
+
+def cut(rows: int, lanes: int) -> tuple[int, int, int]:
+    """(lane blocks, rows a chunk, chunks)."""
+    chunk = -(-rows // CHUNKS)
+    return -(-lanes // WIDTH), chunk, -(-rows // chunk)
+
+
+def addresses(tensors: list[Tensor | None]) -> list[int]:
+    """Where they begin in memory; 0 for what there is not."""
+    return [0 if t is None else t.data_ptr() for t in tensors]

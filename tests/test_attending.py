@@ -1,0 +1,181 @@
+"""Attention-SNN's gates in few passes are what they are in many, gradients and statistics included."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from spikegen.kernels import attending
+from spikegen.multi_attention import MASpec
+from spikegen.neurons import LIFSpec
+from spikegen.stages import Stage, StageSpec, down_stage
+from spikegen.threshold_norm import ThresholdNorm
+
+KINDS = ["ta", "ca", "sa", "tca", "tsa", "csa", "tcsa"]
+SHAPES = [(1, 1, 1, 1, 1), (3, 2, 5, 4, 3), (2, 3, 48, 8, 8), (4, 2, 600, 3, 3)]  # T, B, C, H, W; one has wide rows
+MEMBRANE = {"placement": "membrane"}
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def currents(*shape: int, dtype: torch.dtype) -> Tensor:
+    """[T, B, C, H, W], channels last, with many equal numbers: of those that are largest each takes its share."""
+    steps, batch, channels, height, width = shape
+    y = torch.randint(-8, 9, (steps, batch, height, width, channels)) / 4
+    return y.to(dtype).movedim(-1, 2).requires_grad_()
+
+
+def tolerance(*dtypes: torch.dtype) -> dict[str, float]:
+    if torch.bfloat16 in dtypes:  # gradients are rounded at each of three passes
+        return {"rtol": 2e-2, "atol": 5e-2}
+    return {"rtol": 1e-4, "atol": 1e-4} if torch.float32 in dtypes else {"rtol": 1e-9, "atol": 1e-9}
+
+
+def plain_squeezes(y: Tensor, sign: Tensor) -> tuple[Tensor, ...]:
+    wide = y.to(sign.dtype)
+    most = (wide * sign.view(-1, 1, 1)).amax((3, 4)) * sign
+    return wide.mean((3, 4)).double(), wide.square().mean((3, 4)).double(), most
+
+
+def scaled(y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    return y.to(scale.dtype) * scale[..., None, None] + shift[..., None, None]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("once", [False, True])
+@pytest.mark.parametrize("spaced", [False, True])
+@pytest.mark.parametrize("relu", [False, True])
+def test_each_pass_is_its_equation(dtype: torch.dtype, shape: tuple[int, ...], once: bool, spaced: bool, relu: bool):
+    steps, batch, channels, height, width = shape
+    wide = torch.promote_types(dtype, torch.float32)
+    y = currents(1 if once else steps, *shape[1:], dtype=dtype)
+    assert attending.fits(y)
+    sign = torch.where(torch.rand(channels) < 0.5, -1.0, 1.0).to(wide)
+    scale, shift = (torch.randn(steps, batch, channels, dtype=wide).requires_grad_() for _ in range(2))
+    gate = torch.rand(steps, batch, 1, height, width, dtype=wide).requires_grad_() if spaced else None
+
+    def fused() -> tuple[Tensor, ...]:
+        squeezed = attending.squeeze(y, sign)
+        x, mean, most = attending.squeeze_channels(squeezed.y.expand(steps, *y.shape[1:]), scale, shift)
+        return *squeezed[1:], mean, most, attending.attend(x, scale, shift, gate, relu)
+
+    def plain() -> tuple[Tensor, ...]:
+        z = scaled(y.expand(steps, *y.shape[1:]), scale, shift)
+        x = z if gate is None else z * gate
+        return *plain_squeezes(y, sign), z.mean(2, True), z.amax(2, True), x.relu() if relu else x
+
+    inputs = [y, scale, shift, *([] if gate is None else [gate])]
+    found, expected = fused(), plain()
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, **tolerance(wide))
+    given = [torch.randn_like(part) for part in expected]
+    grads = [torch.autograd.grad(parts, inputs, given) for parts in (found, expected)]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, **tolerance(dtype if a is grads[0][0] else wide))
+
+
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [(k, v) for k in KINDS for v in ({}, {"authors": True}, MEMBRANE) if (k, v) != ("ta", MEMBRANE)],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("once", [False, True])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_stage_is_the_same_in_few_passes_and_in_many(
+    kind: str, values: dict[str, Any], dtype: torch.dtype, once: bool, training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps, wide = 4, torch.promote_types(dtype, torch.float32)
+    block = MASpec(kind=kind, reduction_t=2, reduction_c=2, kernel=3, **values).build(steps, 6)  # type: ignore[arg-type]
+    stage = down_stage(StageSpec(channels=6), 3, LIFSpec(), "auto", block).to(wide).train(training)
+    with torch.no_grad():
+        assert stage.norm is not None
+        assert stage.bias is not None
+        stage.norm.weight.normal_()  # negative ones too, whose largest current is their smallest number
+        stage.norm.bias.normal_()
+        stage.bias.normal_()
+    y = torch.randn(1 if once else steps, 3, 5, 4, 6).to(dtype).movedim(-1, 2).requires_grad_()
+    assert attending.fits(y)
+    before = {k: v.clone() for k, v in stage.state_dict().items()}
+
+    def run() -> tuple[Tensor, tuple[Tensor, ...], dict[str, Tensor]]:
+        stage.load_state_dict(before)
+        block = stage.attention
+        assert block is not None
+        x = block(y, stage.norm, stage.bias)
+        weight = torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(1))
+        parameters = [p for n, p in stage.named_parameters() if not n.startswith("layer")]
+        grads = torch.autograd.grad((x * weight).sum(), [y, *parameters], allow_unused=True)
+        return x, tuple(g for g in grads if g is not None), {k: v.clone() for k, v in stage.state_dict().items()}
+
+    few = run()
+    monkeypatch.setattr(attending, "fits", lambda _: False)
+    many = run()
+    torch.testing.assert_close(few[0], many[0], **tolerance(wide))
+    assert len(few[1]) == len(many[1])
+    for a, b in zip(few[1], many[1], strict=True):
+        torch.testing.assert_close(a, b, **tolerance(dtype))
+    for name, value in many[2].items():
+        torch.testing.assert_close(few[2][name], value, msg=name)
+
+
+@pytest.mark.parametrize("placement", ["post", "membrane"])
+def test_a_whole_stage_fires_and_learns_alike(placement: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    block = MASpec(kind="tcsa", placement=placement, reduction_t=2, reduction_c=2, kernel=3).build(5, 6)  # type: ignore[arg-type]
+    stage: Stage = down_stage(StageSpec(channels=6), 3, LIFSpec(), "auto", block)
+    stage.to(memory_format=torch.channels_last)
+    assert stage.norm is not None
+    stage.norm.scale *= 5  # three gates make currents small
+    x, weight = torch.randn(5, 4, 3, 8, 8), torch.randn(5, 4, 6, 4, 4)
+
+    def run() -> tuple[Tensor, dict[str, Tensor | None]]:
+        stage.zero_grad()
+        spikes = stage(x)[0]
+        (spikes * weight).sum().backward()
+        return spikes, {n: p.grad for n, p in stage.named_parameters()}
+
+    calls: list[Tensor] = []
+    fits = attending.fits
+    monkeypatch.setattr(attending, "fits", lambda y: calls.append(y) or fits(y))
+    few = run()
+    assert [(y.shape, y.stride(), y.dtype) for y in calls if not fits(y)] == []
+    monkeypatch.setattr(attending, "fits", lambda _: False)
+    many = run()
+    assert 0.01 < few[0].mean() < 0.9
+    assert torch.equal(few[0], many[0])  # no membrane is that close to the threshold
+    for name, grad in many[1].items():
+        torch.testing.assert_close(few[1][name], grad, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize(
+    "y",
+    [
+        torch.zeros(2, 3, 4),  # no images
+        torch.zeros(2, 3, 4, 5, 5),  # channels first
+        torch.zeros(2, 0, 5, 5, 4).movedim(-1, 2),  # no numbers
+        torch.zeros(2, 3, 5, 5, 4, dtype=torch.float16).movedim(-1, 2),  # a dtype without a fused engine
+        torch.zeros(2, 3, 1, 1, 4096).movedim(-1, 2),  # too wide
+        torch.zeros(2, 3, 5, 5, 4, device="meta").movedim(-1, 2),
+    ],
+)
+def test_what_the_passes_do_not_take(y: Tensor) -> None:
+    assert not attending.fits(y)
+
+
+def test_statistics_of_squeezed_currents_are_those_of_the_currents() -> None:
+    """Far from 0, where squares hide what varies."""
+    y = torch.randn(3, 4, 6, 6, 5).mul(0.01).add(30).movedim(-1, 2)
+    norms = [ThresholdNorm(5, 0.5) for _ in range(2)]
+    few = norms[0].of_squeezed(attending.squeeze(y, torch.ones(5)))
+    many = norms[1].of(y)
+    for a, b in zip(few[:4], many[:4], strict=True):
+        torch.testing.assert_close(a.to(b.dtype), b)
+    for a, b in zip(norms[0].buffers(), norms[1].buffers(), strict=True):
+        torch.testing.assert_close(a, b)
+    with pytest.raises(ValueError, match="more than one value a channel"):
+        norms[0].of_squeezed(attending.squeeze(torch.zeros(1, 1, 1, 1, 5).movedim(-1, 2), torch.ones(5)))
