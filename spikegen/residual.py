@@ -106,7 +106,7 @@ class Block(nn.Module):
         spikes, second = self.first(spikes.to(u.dtype))
         current = fold_time(self.layer, spikes)
         if self.variant == 1 and isinstance(self.attention, MultiAttention):
-            v = self.attention(current, self.norm).to(current.dtype)  # norm and gates in one
+            v = self.attention(current, self.norm)  # norm and gates in one
         else:
             v = norm_of(self.norm, current)
             v = self.attention(v) if self.attention is not None and self.variant == 1 else v

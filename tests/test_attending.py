@@ -67,7 +67,7 @@ def test_each_pass_is_its_equation(dtype: torch.dtype, shape: tuple[int, ...], o
     def plain() -> tuple[Tensor, ...]:
         z = scaled(y.expand(steps, *y.shape[1:]), scale, shift)
         x = z if gate is None else z * gate
-        return *plain_squeezes(y, sign), z.mean(2, True), z.amax(2, True), x.relu() if relu else x
+        return *plain_squeezes(y, sign), z.mean(2, True), z.amax(2, True), (x.relu() if relu else x).to(dtype)
 
     inputs = [y, scale, shift, *([] if gate is None else [gate])]
     found, expected = fused(), plain()

@@ -197,6 +197,7 @@ def _channels_backward(dtype: torch.dtype) -> Any:
 @functools.cache
 def _attend(dtype: torch.dtype, spaced: bool, relu: bool) -> Any:
     item, wide, wide_size, wide_np, size = _types(dtype)
+    like = ONE[dtype]
     W = MAX_CHANNELS
 
     def attend(begin, end, context):  # type: ignore[no-untyped-def]
@@ -214,7 +215,7 @@ def _attend(dtype: torch.dtype, spaced: bool, relu: bool) -> Any:
             gates = carray(pointer(a[10] + (job * P * wide_size if spaced else 0), wide), P if spaced else 1)
             for p in range(P):
                 x = carray(pointer(a[7] + (start + p * C) * size, item), C)
-                out = carray(pointer(a[11] + (job * P + p) * C * wide_size, wide), C)
+                out = carray(pointer(a[11] + (job * P + p) * C * size, item), C)
                 gate = gates[p] if spaced else unit
                 for i in range(C):
                     value = load(x[i]) * w[i] + w[W + i]
@@ -222,7 +223,7 @@ def _attend(dtype: torch.dtype, spaced: bool, relu: bool) -> Any:
                         value = value * gate
                     if relu:
                         value = value if value > nil else nil
-                    out[i] = value
+                    out[i] = store(value, like)
 
     return compiled(attend)
 
@@ -251,11 +252,11 @@ def _attend_backward(dtype: torch.dtype, spaced: bool, relu: bool) -> Any:
             products = w[5 * W : 6 * W]
             for p in range(P):
                 x = carray(pointer(a[7] + (start + p * C) * size, item), C)
-                g = carray(pointer(a[12] + (job * P + p) * C * wide_size, wide), C)
+                g = carray(pointer(a[12] + (job * P + p) * C * size, item), C)
                 out = carray(pointer(a[13] + (job * P + p) * C * size, item), C)
                 gate = gates[p] if spaced else unit
                 for i in range(C):
-                    grad = g[i]
+                    grad = load(g[i])
                     if relu or spaced:
                         value = load(x[i]) * w[i] + w[W + i]
                         if relu:
@@ -307,7 +308,7 @@ def channels_backward(
 def attend(
     layout: Layout, y: Tensor, scale: Tensor, shift: Tensor, gate: Tensor | None, relu: bool, out: Tensor
 ) -> None:
-    """Write gate (scale Y + shift), wide; its positive part where `relu`. The gate is one for every place."""
+    """Write gate (scale Y + shift) in Y's dtype; its positive part where `relu`. The gate is one for every place."""
     _each_image(_attend(y.dtype, gate is not None, relu), layout, y, [None, y, scale, shift, gate, out])
 
 

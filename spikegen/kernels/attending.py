@@ -55,7 +55,7 @@ def attend(
     gate: Float[Tensor, "T B 1 *hw"] | None,
     relu: bool,
 ) -> Float[Tensor, "T B C *hw"]:
-    """gate (scale Y + shift), its positive part where `relu`; float32 or wider."""
+    """gate (scale Y + shift), its positive part where `relu`, in the dtype of Y."""
     gate = None if gate is None else gate.to(scale.dtype).contiguous()
     result: Tensor = _Attend.apply(y, scale.contiguous(), shift.contiguous(), gate, relu)
     return result
@@ -108,7 +108,7 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, scale: Tensor, shift: Tensor, gate: Tensor | None, relu: bool) -> Tensor:
         layout = _layout(y)
-        out = layout.empty(scale, len(y))
+        out = layout.empty(y, len(y))
         _passes().attend(layout, y, scale, shift, gate, relu, out)
         ctx.save_for_backward(y, scale, shift, gate)
         ctx.relu = relu
@@ -121,7 +121,7 @@ class _Attend(torch.autograd.Function):
         layout = _layout(y)
         of_gate = None if gate is None else torch.empty_like(gate)
         out = layout.empty(y, len(y)), torch.empty_like(scale), torch.empty_like(shift)
-        grad = layout.dense(grad.to(scale.dtype))
+        grad = layout.dense(grad.to(y.dtype))
         _passes().attend_backward(layout, y, scale, shift, gate, ctx.relu, grad, (of_gate, *out))
         return *out, of_gate, None
 
