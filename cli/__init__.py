@@ -55,7 +55,7 @@ def sampling_options(command: F) -> F:
     positive = click.FloatRange(min=0, min_open=True)
     for option in (
         click.option(
-            "--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True, help="Of drawing."
+            "--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True, help="Of the model."
         ),
         click.option(
             "--candidates",

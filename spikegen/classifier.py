@@ -154,8 +154,12 @@ def load_encoder(model: nn.Module, source: nn.Module, name: str) -> None:
     """
     assert isinstance(model.encoder, Encoder)
     assert isinstance(source.encoder, Encoder)
-    try:
-        model.encoder.load_state_dict(source.encoder.state_dict())
-    except RuntimeError as error:
-        first = str(error).splitlines()[1].strip()
-        raise UserError(f"the encoder of {name} does not fit model.stages: {first}") from None
+    own, given = model.encoder.state_dict(), source.encoder.state_dict()
+    for key in [*own, *given]:
+        here, there = (f"of shape {list(s[key].shape)}" if key in s else "absent" for s in (own, given))
+        if here != there:
+            raise UserError(
+                f"the encoder of {name} does not fit: stage {key} is {there} there and {here} here; give model.stages, "
+                "model.attention and model.num_steps as that run has them"
+            )
+    model.encoder.load_state_dict(given)

@@ -107,7 +107,7 @@ def isometry_figure(found: dict[str, float]) -> Figure:
     axes.tick_params("x", labelrotation=90, labelsize=7)
     halves = dict.fromkeys(name.split(".")[0] for name in found)
     products = {half: math.prod(v for name, v in found.items() if name.split(".")[0] == half) for half in halves}
-    axes.set_title("; ".join(f"{half}: product {product:.3g}" for half, product in products.items()), fontsize=9)
+    axes.set_title("\n".join(f"{half}: product {product:.3g}" for half, product in products.items()), fontsize=9)
     return figure
 
 

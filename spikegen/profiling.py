@@ -44,13 +44,15 @@ def report(
 
 
 def _section(title: str, profile: Profile, joules: Joules) -> Iterator[str]:
+    names = max([28, *(len(name) + 2 for name in profile.layers)])
+    kinds = max([17, *(len(cost.kind) + 1 for cost in profile.layers.values())])
     yield title
     yield (
-        f"{'layer':<28}{'kind':<17}{'rate':>7}{'kMACs':>11}{'kACs':>11}{'k exact':>11}{'pJ':>15}"
+        f"{'layer':<{names}}{'kind':<{kinds}}{'rate':>7}{'kMACs':>11}{'kACs':>11}{'k exact':>11}{'pJ':>15}"
         f"{'neurons':>10}{'spikes':>11}   an image"
     )
     for cost in profile.layers.values():
-        yield _row(cost, profile.images, joules)
+        yield f"{cost.name:<{names}}{cost.kind:<{kinds}}{_row(cost, profile.images, joules)}"
     yield f"{'totals an image':<28}{'M MACs':>12}{'M ACs':>12}{'microjoules':>14}{'ANN twin':>14}{'twin / this':>14}"
     yield _total("estimate", profile.estimate, profile.twin, joules)
     yield _total("exact", profile.exact, profile.twin, joules)
@@ -65,12 +67,12 @@ def _section(title: str, profile: Profile, joules: Joules) -> Iterator[str]:
 
 
 def _row(cost: LayerCost, images: int, joules: Joules) -> str:
-    """A layer's operations, or a neuron's spikes."""
-    row = f"{cost.name:<28}{cost.kind:<17}{cost.rate:>7.3f}"
+    """A layer's rate and operations, or a neuron's rate and spikes."""
+    rate = f"{cost.rate:>7.3f}"
     if cost.kind == "LIF":
-        return f"{row}{'':>48}{cost.neurons:>10,}{cost.spikes / images:>11,.1f}"
+        return f"{rate}{'':>48}{cost.neurons:>10,}{cost.spikes / images:>11,.1f}"
     macs, acs, exact = (v / images / 1e3 for v in (*cost.estimate, cost.effective))
-    return f"{row}{macs:>11,.1f}{acs:>11,.1f}{exact:>11,.1f}{cost.estimate.picojoules(joules) / images:>15,.0f}"
+    return f"{rate}{macs:>11,.1f}{acs:>11,.1f}{exact:>11,.1f}{cost.estimate.picojoules(joules) / images:>15,.0f}"
 
 
 def _total(name: str, done: Operations, twin: Operations, joules: Joules) -> str:

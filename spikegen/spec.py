@@ -41,12 +41,20 @@ def explain(spec: type[Spec], error: ValidationError) -> str:
     """One line for the first thing wrong in `error`: the key, what was wrong, and the nearest right one."""
     first, *more = error.errors(include_url=False)
     loc, context = first["loc"], first.get("ctx", {})
-    models, shown = _walk(spec, loc)
+    models, shown, others = _walk(spec, loc)
     key = ".".join(shown)
     if first["type"] == "extra_forbidden":
         parent, name = ".".join(shown[:-1]), str(loc[-1])
         keys = sorted({k for m in models for k in m.model_fields})
-        line = f"{key} is not a key{f' of {parent}' if parent else ''}; {suggest(name, keys)}"
+        elsewhere = sorted(tag for tag, other in others.items() if name in other.model_fields)
+        if elsewhere:
+            line = f"{key} is only for {parent}.kind {', '.join(elsewhere)}"
+        else:
+            line = f"{key} is not a key{f' of {parent}' if parent else ''}; {suggest(name, keys)}"
+    elif loc and first["type"] in ("model_type", "model_attributes_type"):
+        inner = sorted({k for s in _held(models, str(loc[-1])) for k in s.model_fields})
+        got = "null" if first["input"] is None else repr(first["input"])
+        line = f"{key} is {got}, but it is a section, with the keys {', '.join(inner)}"
     elif first["type"] == "missing":
         line = f"{key} is missing"
     elif "expected_tags" in context or first["type"] == "literal_error":
@@ -68,21 +76,29 @@ def suggest(name: str, choices: list[str]) -> str:
     return f"did you mean {near[0]}?" if near else f"choose from {', '.join(choices)}"
 
 
-def _walk(spec: type[Spec], loc: tuple[int | str, ...]) -> tuple[list[type[Spec]], list[str]]:
-    """Follow a pydantic location from `spec`: the models that hold its last key, and the path without union tags."""
+def _walk(spec: type[Spec], loc: tuple[int | str, ...]) -> tuple[list[type[Spec]], list[str], dict[str, type[Spec]]]:
+    """Follow a pydantic location from `spec`.
+
+    The models that hold its last key, the path without union tags, and the other kinds where that key is of one.
+    """
     models, shown = [spec], []
     here: list[type[Spec]] = [spec]
+    others: dict[str, type[Spec]] = {}
     for part in loc:
         models = here
         if isinstance(part, str) and any(part in m.model_fields for m in here):
-            here = [s for m in here if part in m.model_fields for s in _specs(m.model_fields[part].annotation)]
+            here, others = _held(here, part), {}
         elif isinstance(part, str) and part in (tags := {tag: m for m in here for tag in _tags(m)}):
-            here = [tags[part]]
+            here, others = [tags[part]], {tag: m for tag, m in tags.items() if tag != part}
             continue
         elif isinstance(part, str) and (part.startswith("function-") or part[:1].isupper() or "[" in part):
             continue  # pydantic's own name for a branch of a union
         shown.append(str(part))
-    return models, shown
+    return models, shown, others
+
+
+def _held(models: list[type[Spec]], key: str) -> list[type[Spec]]:
+    return [s for m in models if key in m.model_fields for s in _specs(m.model_fields[key].annotation)]
 
 
 def _tags(spec: type[Spec]) -> tuple[str, ...]:

@@ -213,6 +213,9 @@ def test_a_mapping_of_overrides_is_the_same_as_strings() -> None:
             "model.stages.0.chanels=3",
             "model.stages.0.chanels is not a key of model.stages.0; did you mean channels?",
         ),
+        ("model.head.votes=3", "model.head.votes is only for model.head.kind spiking"),
+        ("model.latent.bins=3", "model.latent.bins is not a key of model.latent; "),
+        ("data=3", "data is 3, but it is a section, with the keys attribute, binning, "),
         ("model.stages.9.channels=3", "'9' is no place in a list of 2; use 0 to 1"),
         ("model.stages=[]", "model.stages"),
         ("model.num_steps=0", "model.num_steps: Input should be greater than or equal to 1 (got 0)"),
@@ -237,7 +240,7 @@ def test_a_mapping_of_overrides_is_the_same_as_strings() -> None:
         ("training.epochs=1e308", "training.epochs"),
         ("training.lr=1e300", "training.lr"),
         ("model.latent.size=1000000000000", "model.latent.size"),
-        ("model=null", "model: Input should be a valid dictionary"),
+        ("model=null", "model is null, but it is a section, with the keys attention, attention_in, conditional"),
         ("training.epochs=[1", "the value is not YAML"),
     ],
 )
