@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from spikegen.kernels import attending
@@ -179,3 +180,26 @@ def test_statistics_of_squeezed_currents_are_those_of_the_currents() -> None:
         torch.testing.assert_close(a, b)
     with pytest.raises(ValueError, match="more than one value a channel"):
         norms[0].of_squeezed(attending.squeeze(torch.zeros(1, 1, 1, 1, 5).movedim(-1, 2), torch.ones(5)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(
+    ("shape", "kernel"), [((1, 1, 1, 1), 1), ((3, 5, 4, 3), 7), ((4, 10, 8, 8), 3), ((2, 1, 2, 9), 5)]
+)
+def test_the_space_gates_convolution(dtype: torch.dtype, shape: tuple[int, ...], kernel: int) -> None:
+    steps, batch, *space = shape
+    maps = [torch.randn(steps, batch, 1, *space, dtype=dtype).requires_grad_() for _ in range(2)]
+    weight = torch.randn(1, 2, kernel, kernel, dtype=dtype).requires_grad_()
+    found = attending.convolve(maps[0], maps[1], weight)
+    both = torch.cat(maps, 2).flatten(0, 1)
+    expected = F.conv2d(both, weight, padding=kernel // 2).unflatten(0, (steps, batch))
+    assert "Convolve" in type(found.grad_fn).__name__
+    grad = torch.randn_like(expected)
+    for a, b in zip(*(torch.autograd.grad(y, [*maps, weight], grad) for y in (found, expected)), strict=True):
+        torch.testing.assert_close(a, b, **tolerance(dtype))
+    torch.testing.assert_close(found, expected, **tolerance(dtype))
+    channels_last = torch.randn(2, 3, 4, 5, 1).movedim(-1, 2)
+    torch.testing.assert_close(
+        attending.convolve(channels_last, -channels_last, weight.float()),
+        attending.convolve(channels_last.contiguous(), -channels_last.contiguous(), weight.float()),
+    )

@@ -4,10 +4,12 @@ Y [T, B, C, ...] are the currents as the layer gave them. A norm, and Attention-
 but a scale and a shift for every channel of every image at every step; its gate over space is one for every place.
 """
 
+import importlib
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -29,10 +31,7 @@ class Squeezed(NamedTuple):
 
 def fits(y: Float[Tensor, "T B C *hw"]) -> bool:
     """Whether the functions below take `y`: images, channels last, where the device's fused engine has such passes."""
-    if torch.compiler.is_compiling() or y.dim() < 4 or y.numel() == 0:
-        return False
-    engine = fused_engine(y.device, y.dtype)
-    return engine == "numba" and y.shape[2] <= _passes().MAX_CHANNELS and y[0, 0].movedim(0, -1).is_contiguous()
+    return _numba(y) and y.shape[2] <= _passes().MAX_CHANNELS and y[0, 0].movedim(0, -1).is_contiguous()
 
 
 def squeeze(y: Float[Tensor, "T B C *hw"], sign: Float[Tensor, " C"]) -> Squeezed:
@@ -59,6 +58,18 @@ def attend(
     gate = None if gate is None else gate.to(scale.dtype).contiguous()
     result: Tensor = _Attend.apply(y, scale.contiguous(), shift.contiguous(), gate, relu)
     return result
+
+
+def convolve(
+    mean: Float[Tensor, "T B 1 H W"], most: Float[Tensor, "T B 1 H W"], weight: Float[Tensor, "1 2 k k"]
+) -> Float[Tensor, "T B 1 H W"]:
+    """The two maps' convolution with an odd kernel, zero-padded to the same size."""
+    if _numba(mean) and mean.dtype == weight.dtype:
+        result: Tensor = _Convolve.apply(mean, most, weight)
+        return result
+    # channels last: the other way round the CPU takes five times as long for the gradient
+    images = torch.cat([mean, most], 2).flatten(0, 1).contiguous(memory_format=torch.channels_last)
+    return F.conv2d(images, weight, padding=weight.shape[-1] // 2).unflatten(0, mean.shape[:2])
 
 
 class _Squeeze(torch.autograd.Function):
@@ -126,6 +137,30 @@ class _Attend(torch.autograd.Function):
         return *out, of_gate, None
 
 
+class _Convolve(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, mean: Tensor, most: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(mean, most, weight)
+        out = torch.empty_like(mean, memory_format=torch.contiguous_format)
+        _convolutions().convolve(_maps(mean, most), weight[0].contiguous(), out.flatten(0, 2))
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        mean, most, weight = ctx.saved_tensors
+        out = mean.new_empty(2, *mean.shape)
+        maps = tuple(out.flatten(1, 3))
+        grad_weight = _convolutions().convolve_backward(
+            _maps(mean, most), weight[0].contiguous(), grad.contiguous().flatten(0, 2), maps
+        )
+        return *out, grad_weight.unsqueeze(0)
+
+
+def _maps(mean: Tensor, most: Tensor) -> tuple[Tensor, Tensor]:
+    return mean.contiguous().flatten(0, 2), most.contiguous().flatten(0, 2)
+
+
 def _layout(y: Tensor) -> Layout:
     return lay_out(y, len(y), [], 1)[1]
 
@@ -134,7 +169,16 @@ def _wide(y: Tensor) -> torch.dtype:
     return torch.promote_types(y.dtype, torch.float32)
 
 
-def _passes() -> ModuleType:
-    from spikegen.kernels import attend_numba  # numba may be absent
+def _numba(y: Tensor) -> bool:
+    """Whether it is an image or more on the CPU where that engine has its dtype."""
+    if torch.compiler.is_compiling() or y.dim() < 4 or y.numel() == 0:
+        return False
+    return fused_engine(y.device, y.dtype) == "numba"
 
-    return attend_numba
+
+def _passes() -> ModuleType:
+    return importlib.import_module("spikegen.kernels.attend_numba")  # not above: numba may be absent
+
+
+def _convolutions() -> ModuleType:
+    return importlib.import_module("spikegen.kernels.conv_numba")
