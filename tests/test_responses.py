@@ -181,7 +181,7 @@ def test_the_pictures_say_what_was_found():
     for axes, rates in zip((network, *layers), (network_rate(found), *(r.rates for r in found)), strict=True):
         assert np.allclose(axes.lines[0].get_ydata(), rates.mean(0))
     title = isometry_figure({"encoder.0": 2.0, "encoder.1": 0.25, "decoder.0": 3.0}).axes[0].get_title()
-    assert title == "encoder: product 0.5; decoder: product 3"
+    assert title == "encoder: product 0.5\ndecoder: product 3"
 
 
 def test_which_pictures_there_are():
