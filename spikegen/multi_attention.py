@@ -104,7 +104,7 @@ class MultiAttention(nn.Module):
                 f"attention {self.spec.kind} was built for T={self.num_steps} steps and C={self.channels} channels, "
                 f"but the currents have T={current.shape[0]} and C={current.shape[2]}"
             )
-        if attending.fits(current):
+        if self._in_few_passes(current):
             parts = ("t", False) if self.in_scan else ("tcs", self.spec.relu)
             return self._fused(current, self.num_steps, norm, offset, *parts)
         dtype = current.dtype
@@ -123,7 +123,7 @@ class MultiAttention(nn.Module):
     def gate_step(self, u: Float[Tensor, "B C *hw"]) -> Float[Tensor, "B C *hw"]:
         """One step's membrane U, or, where the placement is post, its current: gated over channels, then space."""
         x = u.unsqueeze(0)
-        if attending.fits(x):
+        if self._in_few_passes(x):
             return self._fused(x, 1, None, None, "cs", self.spec.relu).squeeze(0)
         u = self._over_channels_and_space(x, ()).squeeze(0)
         return u.relu() if self.spec.relu else u
@@ -140,6 +140,9 @@ class MultiAttention(nn.Module):
             dims = (*steps, 2)
             x = x * self.space(x.mean(dims, keepdim=True), x.amax(dims, keepdim=True))
         return x
+
+    def _in_few_passes(self, x: Tensor) -> bool:
+        return attending.fits(x) and (self.space is None or x.dim() == 5)
 
     def _fused(
         self, y: Tensor, steps: int, norm: ThresholdNorm | None, offset: Tensor | None, gates: str, relu: bool

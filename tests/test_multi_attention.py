@@ -232,5 +232,7 @@ def test_other_steps_channels_and_shapes_are_refused():
         build("ca", 3, 2)(torch.zeros(3, 1, 4, 2, 2).double())
     with pytest.raises(UserError, match="attention sa needs images"):
         build("sa", 3, 4)(torch.zeros(3, 1, 4).double())
+    with pytest.raises(UserError, match="attention sa needs images"):
+        build("sa", 3, 4)(torch.zeros(3, 1, 7, 4).double().movedim(-1, 2))
     for kind in ("ta", "ca", "tca"):
         assert build(kind, 3, 4)(torch.randn(3, 2, 4).double()).shape == (3, 2, 4)
