@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from spikegen.classifier import SpikingClassifier
-from spikegen.config import Config, ScoringConfig
+from spikegen.config import Config, LossesConfig, ScoringConfig
 from spikegen.data import default_root
 from spikegen.extractors import Extractor, Features, default_extractor, load_extractor
 from spikegen.features import extract, file_hash, published_statistics, real_statistics
@@ -58,8 +58,11 @@ class Score:
         return asdict(self)
 
     def table(self) -> str:
-        """One line a metric: name, value, interval."""
-        return "\n".join(f"{k:15} {v.value:10.4f}  [{v.low:.4f}, {v.high:.4f}]" for k, v in self.metrics.items())
+        """One line a metric: name, value, interval; and a note where they flatter."""
+        lines = [f"{k:15} {v.value:10.4f}  [{v.low:.4f}, {v.high:.4f}]" for k, v in self.metrics.items()]
+        if self.settings.get("learnt_with_extractor"):
+            lines.append("the model learnt with the perceptual loss of this very extractor: what it measures flatters")
+        return "\n".join(lines)
 
 
 # ---- the call ------------------------------------------------------------------------------------------
@@ -119,6 +122,7 @@ def score(
             "model_sha256": weights_hash(model.state_dict()),
             "num_steps": model.config.num_steps,
             "sampling": sampling.settings(model),
+            "learnt_with_extractor": network.name == "cnn" and config is not None and _perceptual(config),
         },
     )
     if metrics is None:
@@ -128,6 +132,12 @@ def score(
         images, real, network, chosen, seed=choice.seed, cache=_cache_folder(), source=offered, protocol=fixed,
         statistics=statistics,
     )  # fmt: skip
+
+
+def _perceptual(config: Config) -> bool:
+    """Whether training had a perceptual loss."""
+    losses, refined = config.training.losses, config.refinement
+    return bool((isinstance(losses, LossesConfig) and losses.perceptual) or (refined and refined.perceptual))
 
 
 def _grade(

@@ -1,6 +1,7 @@
 """spikegen score: a table and a path on success; a mistake is one line on stderr and exit code 2."""
 
 import json
+import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -68,6 +69,19 @@ def test_the_choices_are_heeded(call, run, tmp_path):
     assert said.splitlines()[-1] == str(out)
     assert list(held["metrics"]) == ["is", "kid"]
     assert held["settings"]["split"] == "train"
+
+
+def test_a_model_that_learnt_with_its_judge_is_told_apart(call, run, tmp_path):
+    learnt = tmp_path / "run"
+    shutil.copytree(run, learnt)
+    text = (learnt / "config.yaml").read_text()
+    assert text.count("perceptual: 0.0") == 1
+    (learnt / "config.yaml").write_text(text.replace("perceptual: 0.0", "perceptual: 0.5"))
+    for given, flattered in ((run, False), (learnt, True)):
+        out = tmp_path / "scores.json"
+        _, said, _ = call(given, "--num", 20, "--metrics", "is", "--out", out)
+        assert json.loads(out.read_text())["settings"]["learnt_with_extractor"] is flattered
+        assert ("flatters" in said) is flattered
 
 
 def test_few_images_are_warned_of_in_one_line(call, run, tmp_path):
