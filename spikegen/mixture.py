@@ -1,20 +1,21 @@
-"""A mixture of independent bits for each label: the kinds of images that a learnt prior starts from.
+"""Outlines of images: where a learnt prior starts, drawn from a mixture of Gaussians for each label.
 
-p(z | y) = sum_m w[y, m] prod_d r[y, m, d]^z_d (1 - r[y, m, d])^(1 - z_d), fitted by classification EM (Celeux and
-Govaert, Computational Statistics & Data Analysis 14, 1992): every code belongs to one component, its likeliest.
+The outline of a code z of D bits is its place h = V^T (z - mu) along the d directions V in which the codes of
+training images differ most (their principal components). p(h | y) = sum_m w[y, m] N(h; c[y, m], S[y, m]) is fitted by
+expectation maximisation, and an outline says of each bit how often it fires: mu + V h.
 """
 
-from typing import Any
+import math
 
 import torch
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor, nn
 
-ITERATIONS = 15
-"""At 15 the test bits' likelihood had stopped rising (MNIST's codes, 16 to 256 components)."""
+ITERATIONS = 8
+"""From then on the likelihood of test images' outlines hardly rises (MNIST's codes, 64 components a label)."""
 
-PSEUDO_COUNT = 4.0
-"""A component's rates are those of its codes and of this many that have the label's mean rates."""
+PSEUDO_COUNT = 64.0
+"""A component's covariance is that of its codes and of this many that spread as those of all components do."""
 
 CODES_PER_COMPONENT = 32
 """A label has no more components than leave them this many codes each: fewer would be kept, not generalised."""
@@ -22,105 +23,122 @@ CODES_PER_COMPONENT = 32
 LEAST_RATE = 0.002
 """No bit is thought surer than this: one code in five hundred may differ."""
 
+LEAST_VARIANCE = 1e-4
+"""Along each direction; bits are 0 and 1."""
+
+DIRECTION_CODES = 20_000
+"""Codes that the directions are found from, at most, chosen at random: they exist as floats at once."""
+
 BLOCK = 4096
-"""Codes whose likelihoods exist at once."""
+"""Codes whose floats and likelihoods exist at once."""
 
 
-class BernoulliMixture(nn.Module):
-    """At most `components` of `bits` independent bits for each of `labels` labels; all are fair coins until `fit`.
+class OutlineMixture(nn.Module):
+    """At most `components` Gaussians over `directions` of `bits` bits for each of `labels` labels; `fit` finds them.
 
-    A row of `log_odds` is a component of a label, label * components + component; `unlabelled`, the last, has the
-    rates of all codes together.
+    Until then every outline is that of fair coins. An outline of zeros is that of all codes together.
     """
 
+    mean: Tensor
+    directions: Tensor
     weights: Tensor
-    log_odds: Tensor
-    log_silence: Tensor
+    centres: Tensor
+    roots: Tensor
 
-    def __init__(self, labels: int, components: int, bits: int):
+    def __init__(self, labels: int, components: int, directions: int, bits: int):
         super().__init__()
         self.labels, self.components = labels, components
-        self.unlabelled = labels * components
+        self.register_buffer("mean", torch.full((bits,), 0.5))
+        self.register_buffer("directions", torch.zeros(bits, directions))
         self.register_buffer("weights", torch.full((labels, components), 1 / components))
-        self.register_buffer("log_odds", torch.zeros(self.unlabelled + 1, bits))
-        self.register_buffer("log_silence", _log_silence(self.log_odds), persistent=False)
-        self.register_load_state_dict_post_hook(_count_silence)
+        self.register_buffer("centres", torch.zeros(labels, components, directions))
+        self.register_buffer("roots", torch.zeros(labels, components, directions, directions))  # R R^T = S, triangular
 
     @property
     def size(self) -> int:
         """How many numbers are fitted: they are buffers, so no count of parameters has them."""
-        return self.weights.numel() + self.log_odds.numel()
+        return sum(buffer.numel() for buffer in self.buffers())
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers a draw takes, in each of two rows."""
+        return 1 + self.directions.shape[1]
 
     @torch.no_grad()
     def fit(self, codes: Shaped[Tensor, "N D"], label: Int64[Tensor, " N"] | None = None) -> None:
         """To codes of zeros and ones and their labels; draws from torch's generator."""
-        self.log_odds[self.unlabelled] = _rates(codes).logit()
+        self.mean.copy_(
+            torch.stack([part.sum(0, dtype=torch.float64) for part in codes.split(BLOCK)]).sum(0) / len(codes)
+        )
+        some = codes[torch.randperm(len(codes))[:DIRECTION_CODES].to(codes.device)].float() - self.mean
+        found = torch.pca_lowrank(some, min(self.directions.shape[1], *some.shape), center=False, niter=4)[2]
+        self.directions.zero_()
+        self.directions[:, : found.shape[1]] = found
+        places = torch.cat([self.place(part) for part in codes.split(BLOCK)])
         for y in range(self.labels):
-            own = codes if label is None else codes[label == y]
+            own = places if label is None else places[label == y]
             if len(own):
-                weights, log_odds = self._fit_label(own)
-                self.weights[y] = weights
-                self.log_odds[y * self.components : (y + 1) * self.components] = log_odds
-        _count_silence(self)
+                used = max(1, min(self.components, len(own) // CODES_PER_COMPONENT))
+                self.weights[y] = 0
+                self.weights[y, :used], self.centres[y, :used], self.roots[y, :used] = _fitted(own.double(), used)
+
+    def place(self, codes: Shaped[Tensor, "B D"]) -> Float[Tensor, "B d"]:
+        """The outline of each code, in float32 at least."""
+        with torch.autocast(codes.device.type, enabled=False):
+            return (codes.to(self.mean.dtype) - self.mean) @ self.directions
+
+    def log_odds(self, place: Float[Tensor, "B d"]) -> Float[Tensor, "B D"]:
+        """Of every bit, as the outline has it."""
+        with torch.autocast(place.device.type, enabled=False):
+            rate = self.mean + place.to(self.mean.dtype) @ self.directions.T
+        return rate.clamp(LEAST_RATE, 1 - LEAST_RATE).logit()
 
     @torch.no_grad()
-    def assign(self, codes: Shaped[Tensor, "B D"], label: Int64[Tensor, " B"] | None) -> Int64[Tensor, " B"]:
-        """The row of the label's component that each code belongs to."""
-        score = _log_likelihood(codes, self.log_odds[: self.unlabelled], self.log_silence[: self.unlabelled])
-        score = score.unflatten(1, (self.labels, self.components))
-        label = torch.zeros(len(codes), dtype=torch.long, device=codes.device) if label is None else label
-        own = score[torch.arange(len(codes), device=codes.device), label] + self.weights[label].log()
-        return label * self.components + own.argmax(1)
-
-    @torch.no_grad()
-    def draw(self, uniform: Float[Tensor, " B"], label: Int64[Tensor, " B"] | None) -> Int64[Tensor, " B"]:
-        """A row of each label by the components' weights, from one uniform number each."""
-        label = torch.zeros(len(uniform), dtype=torch.long, device=uniform.device) if label is None else label
+    def draw(self, uniform: Float[Tensor, "2 B n"], label: Int64[Tensor, " B"] | None) -> Float[Tensor, "B d"]:
+        """An outline of each label from 2 x `numbers` numbers in [0, 1) each; without labels, of the only one."""
+        count = uniform.shape[1]
+        label = torch.zeros(count, dtype=torch.long, device=uniform.device) if label is None else label
         # In float64, and never the end itself: a component of weight 0 is not drawn, whatever the rounding.
-        passed = uniform.double()[:, None] * self.weights[label].double().sum(1, keepdim=True)
+        passed = uniform[1, :, :1].double() * self.weights[label].double().sum(1, keepdim=True)
         found = (passed >= self.weights[label].double().cumsum(1)).sum(1)
-        return label * self.components + found.clamp(max=self.components - 1)  # a number rounded up to 1
-
-    def _fit_label(self, codes: Tensor) -> tuple[Tensor, Tensor]:
-        mean = _rates(codes)
-        used = max(1, min(self.components, len(codes) // CODES_PER_COMPONENT))
-        weights = mean.new_zeros(self.components)
-        weights[:used] = 1 / used
-        log_odds = mean.logit().repeat(self.components, 1)
-        # Half a code and half the mean: all components begin equally sure.
-        log_odds[:used] = ((codes[torch.randperm(len(codes))[:used].to(codes.device)].float() + mean) / 2).logit()
-        for _ in range(ITERATIONS):
-            count = torch.zeros_like(weights)
-            ones = torch.zeros_like(log_odds)
-            log_silence = _log_silence(log_odds)
-            for part in codes.split(BLOCK):
-                bits = part.float()
-                owner = (_log_likelihood(bits, log_odds, log_silence) + weights.log()).argmax(1)
-                count.index_add_(0, owner, torch.ones_like(owner, dtype=count.dtype))
-                ones.index_add_(0, owner, bits)
-            rates = (ones + PSEUDO_COUNT * mean) / (count[:, None] + PSEUDO_COUNT)
-            weights, log_odds = count / len(codes), rates.clamp(LEAST_RATE, 1 - LEAST_RATE).logit()
-        return weights, log_odds
+        found = found.clamp(max=self.components - 1)  # a number rounded up to 1
+        radius, angle = uniform[..., 1:].to(self.mean.dtype)  # Box and Muller: ONNX has no inverse of the normal's
+        radius = (-2 * torch.log1p(-radius.clamp(max=1 - 2**-24))).sqrt()
+        normal = radius * torch.cos(2 * math.pi * angle)
+        with torch.autocast(uniform.device.type, enabled=False):
+            return self.centres[label, found] + (self.roots[label, found] @ normal[..., None])[..., 0]
 
 
-def _rates(codes: Tensor) -> Tensor:
-    ones = torch.stack([part.sum(0, dtype=torch.float32) for part in codes.split(BLOCK)]).sum(0)
-    return (ones / len(codes)).clamp(LEAST_RATE, 1 - LEAST_RATE)
+def _fitted(
+    places: Float[Tensor, "N d"], components: int
+) -> tuple[Float[Tensor, " m"], Float[Tensor, "m d"], Float[Tensor, "m d d"]]:
+    """Weights, centres and roots; at first every component spreads as all places do, about one of them."""
+    count, size = places.shape
+    least = LEAST_VARIANCE * torch.eye(size, dtype=places.dtype, device=places.device)
+    weights = places.new_full((components,), 1 / components)
+    centres = places[torch.randperm(count)[:components].to(places.device)]
+    apart = places - places.mean(0)
+    roots = torch.linalg.cholesky(apart.T @ apart / count + least).expand(components, -1, -1)
+    for _ in range(ITERATIONS):
+        owners = torch.cat([_owners(part, weights, centres, roots) for part in places.split(BLOCK)])
+        number = owners.sum(0)
+        weights = number / count
+        centres = owners.T @ places / number.clamp(min=1e-9)[:, None]
+        spreads = torch.stack([_spread(places - c, p) for c, p in zip(centres, owners.T, strict=True)])
+        pooled = spreads.sum(0) / count
+        spreads = (spreads + PSEUDO_COUNT * pooled) / (number + PSEUDO_COUNT)[:, None, None]
+        roots = torch.linalg.cholesky(spreads + least)
+    return weights, centres, roots
 
 
-def _count_silence(mixture: BernoulliMixture, _: Any = None) -> None:
-    """After the log odds have changed."""
-    mixture.log_silence.copy_(_log_silence(mixture.log_odds))
+def _owners(places: Tensor, weights: Tensor, centres: Tensor, roots: Tensor) -> Float[Tensor, "N m"]:
+    """p(m | h): how much of each place belongs to each component."""
+    inverse = torch.linalg.solve_triangular(roots, torch.eye(len(roots[0])).to(roots), upper=False)
+    white = places @ inverse.mT - (centres[:, None] @ inverse.mT)  # [m, N, d]
+    log_volume = roots.diagonal(dim1=1, dim2=2).log().sum(1)
+    return (weights.log() - log_volume - white.square().sum(2).T / 2).softmax(1)
 
 
-def _log_silence(log_odds: Float[Tensor, "R D"]) -> Float[Tensor, " R"]:
-    """sum_d log(1 - r_d): the log probability of a code without a spike, in nats."""
-    return nn.functional.logsigmoid(-log_odds.float()).sum(1)
-
-
-def _log_likelihood(
-    codes: Shaped[Tensor, "B D"], log_odds: Float[Tensor, "R D"], log_silence: Float[Tensor, " R"]
-) -> Float[Tensor, "B R"]:
-    """log prod_d r^z (1 - r)^(1 - z) = z . logit(r) + sum_d log(1 - r), in nats."""
-    with torch.autocast(codes.device.type, enabled=False):
-        return codes.float() @ log_odds.float().T + log_silence.float()
+def _spread(apart: Float[Tensor, "N d"], parts: Float[Tensor, " N"]) -> Float[Tensor, "d d"]:
+    """sum_n p_n a_n a_n^T."""
+    return (apart.T * parts) @ apart

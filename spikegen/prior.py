@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from spikegen.attention import Attention, TCJASpec
 from spikegen.graphs import repeated
 from spikegen.kernels import Engine
-from spikegen.mixture import BernoulliMixture
+from spikegen.mixture import OutlineMixture
 from spikegen.neurons import LIFSpec, NeuronSpec
 from spikegen.spec import Spec, UserError, parse
 from spikegen.stages import fold_time, point_stage, same_stage
@@ -32,10 +32,10 @@ SHARE_FLOOR = 0.02
 class MaskedSpec(Spec):
     """`blocks` residual spiking blocks of two 3x3 convolutions, spiking self-attention after every `attend_every`-th.
 
-    Known bits enter as spikes of an "on" and an "off" channel each, unknown ones are silent. What kind of image it is
-    enters as rates: those of one of `components` kinds of each label, a mixture fitted to the codes (see
-    BernoulliMixture), whose log odds the network corrects. Sampling draws a kind by the mixture's weights, then the
-    bits in `passes` passes: a random part of them each, given those drawn before. A part (i / passes) ** `schedule` is
+    Known bits enter as spikes of an "on" and an "off" channel each, unknown ones are silent. What the image is like
+    as a whole enters as rates: those of its outline, a place along `directions` directions (see OutlineMixture), whose
+    log odds the network corrects. Sampling draws an outline from `components` Gaussians of each label, then the bits
+    in `passes` passes: a random part of them each, given those drawn before. A part (i / passes) ** `schedule` is
     known after pass i, and at least i bits: the first ones decide most, so few are drawn at once.
     """
 
@@ -50,28 +50,29 @@ class MaskedSpec(Spec):
     attention: Attention | None = TCJASpec()
     """In every block, on the spikes between its convolutions."""
     components: int = Field(64, ge=1, le=2**12)
-    """Kinds of images of each label; of all images where there are no labels."""
+    """Gaussians that outlines are drawn from, of each label; of all images where there are no labels."""
+    directions: int = Field(64, ge=1, le=2**12)
+    """Numbers that an outline is; no more than there are bits."""
     passes: int = Field(16, ge=1, le=2**16)
     schedule: float = Field(4.0, ge=1, le=64)
     temperature: float = Field(1.0, gt=0)
     """What the logits are divided by in sampling."""
     label_dropout: float = Field(0.1, ge=0, lt=1)
-    """The part of the images whose label and kind training hides, so that the network knows what is likely without."""
+    """The part of the images whose outline training hides, so that the network knows what is likely without."""
     guidance: float = Field(0.0, ge=0)
-    """In sampling, how many times further label and kind move the logits (classifier-free guidance, 2207.12598)."""
+    """In sampling, how many times further the outline moves the logits (classifier-free guidance, 2207.12598)."""
 
     def build(self, num_steps: int, grid: Grid, num_labels: int, engine: Engine) -> "MaskedPrior":
         """The prior of spikes [`num_steps`, B, channels * height * width] on `grid` = (channels, height, width)."""
-        self.check_guidance(num_labels, "prior.network.guidance")
+        self.check_guidance("prior.network.guidance")
         if self.channels % self.heads:
             raise UserError(f"prior.network.heads {self.heads} does not divide channels {self.channels}")
         return MaskedPrior(self, num_steps, grid, num_labels, engine)
 
-    def check_guidance(self, num_labels: int, key: str) -> None:
-        """UserError, which names `key`, where the network cannot tell what label and kind do."""
-        if self.guidance and not ((num_labels or self.components > 1) and self.label_dropout):
-            needs = "a prior trained with labels or components, and with a label_dropout above 0"
-            raise UserError(f"{key} {self.guidance} needs {needs}; set it to 0")
+    def check_guidance(self, key: str) -> None:
+        """UserError, which names `key`, where the network cannot tell what an outline does."""
+        if self.guidance and not self.label_dropout:
+            raise UserError(f"{key} {self.guidance} needs a prior trained with a label_dropout above 0; set it to 0")
 
 
 class Residual(nn.Module):
@@ -122,7 +123,8 @@ class MaskedPrior(nn.Module):
         self.stem = nn.Conv2d(2 * bits, spec.channels, 3, padding=1)
         self.place = nn.Parameter(torch.zeros(spec.channels, height, width))
         self.num_labels = num_labels
-        self.mixture = BernoulliMixture(max(num_labels, 1), spec.components, bits * height * width)
+        count = bits * height * width
+        self.mixture = OutlineMixture(max(num_labels, 1), spec.components, min(spec.directions, count), count)
         self.outline = nn.Conv2d(bits, spec.channels, 3, padding=1, bias=False)
         blocks: list[nn.Module] = []
         for i in range(1, spec.blocks + 1):
@@ -135,7 +137,7 @@ class MaskedPrior(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def fit_mixture(self, spikes: Bool[Tensor, "T N D"], label: Int64[Tensor, " N"] | None) -> None:
-        """The kinds of images that there are, from codes drawn for training images; before any training."""
+        """The outlines that there are, from codes drawn for training images; before any training."""
         self.mixture.fit(self._to_grid(spikes).flatten(1), self._own(label))
 
     def forward(self, spikes: Float[Tensor, "T B D"], label: Int64[Tensor, " B"] | None = None) -> Float[Tensor, ""]:
@@ -143,28 +145,28 @@ class MaskedPrior(nn.Module):
 
         Of each image a part cos(pi u / 2) is masked, u uniform: the parts that sampling meets.
         """
+        self._own(label)  # an outline has it in it
         bits = self._to_grid(spikes)
-        row = self.mixture.assign(bits.flatten(1), self._own(label))
+        place = self.mixture.place(bits.flatten(1))
         if self.training:
-            hidden = torch.rand(len(row), device=row.device) < self.spec.label_dropout
-            row = torch.where(hidden, self.mixture.unlabelled, row)
+            place = place * (torch.rand(len(place), 1, device=place.device) >= self.spec.label_dropout)
         part = torch.cos(torch.rand(len(bits), 1, 1, 1, device=bits.device) * (math.pi / 2))
         masked = torch.rand_like(bits, dtype=torch.float32) < part
-        return self.cross_entropy(bits, masked, row)
+        return self.cross_entropy(bits, masked, place)
 
     def cross_entropy(
-        self, bits: Float[Tensor, "B K H W"], masked: Bool[Tensor, "B K H W"], row: Int64[Tensor, " B"]
+        self, bits: Float[Tensor, "B K H W"], masked: Bool[Tensor, "B K H W"], place: Float[Tensor, "B d"]
     ) -> Float[Tensor, ""]:
-        """The mean over the masked bits, in nats, given the others and the mixture's row."""
-        logits = self.logits(bits, ~masked, row)
+        """The mean over the masked bits, in nats, given the others and the outline."""
+        logits = self.logits(bits, ~masked, place)
         each = F.binary_cross_entropy_with_logits(logits.float(), bits.float(), reduction="none")
         return (each * masked).sum() / masked.sum().clamp(min=1)
 
     def logits(
-        self, bits: Float[Tensor, "B K H W"], known: Bool[Tensor, "B K H W"], row: Int64[Tensor, " B"]
+        self, bits: Float[Tensor, "B K H W"], known: Bool[Tensor, "B K H W"], place: Float[Tensor, "B d"]
     ) -> Float[Tensor, "B K H W"]:
-        """Log odds of every bit, seeing the known ones and which row of the mixture they are of."""
-        outline = self.mixture.log_odds[row].unflatten(1, (-1, *self.grid[1:]))
+        """Log odds of every bit, seeing the known ones and the outline's place."""
+        outline = self.mixture.log_odds(place).unflatten(1, (-1, *self.grid[1:]))
         # However few bits are known, their currents have one scale; the floor keeps a few bits from counting too much.
         scale = (known.float().mean((1, 2, 3), keepdim=True) + SHARE_FLOOR).rsqrt()
         u = self.stem(torch.cat([bits * known, (1 - bits) * known], 1))
@@ -178,38 +180,38 @@ class MaskedPrior(nn.Module):
     def set_sampling(self, **settings: float | int) -> None:
         """Draw with other `passes`, `temperature`, `guidance`; UserError for guidance that it was not trained for."""
         spec = parse(MaskedSpec, self.spec.model_dump() | settings, "sampling")
-        spec.check_guidance(self.num_labels, "guidance")
+        spec.check_guidance("guidance")
         self.spec = spec
 
     def noise_shape(self) -> tuple[int, int]:
-        """Of each image: numbers that order the bits, and numbers that draw them; the second's last draws its kind."""
-        return 2, self.num_steps * math.prod(self.grid) + 1
+        """Of each image: numbers that order the bits, and numbers that draw them; the last of both draw its outline."""
+        return 2, self.num_steps * math.prod(self.grid) + self.mixture.numbers
 
     @torch.no_grad()
     def sample(
         self, uniform: Float[Tensor, "2 B N"], label: Int64[Tensor, " B"] | None = None
     ) -> Float[Tensor, "T B D"]:
         """Spikes drawn in `passes` passes; image b depends on its own numbers and label alone."""
-        row = self.mixture.draw(uniform[1, :, -1], self._own(label))
-        order, draws = uniform[..., :-1]
+        order, draws = uniform[..., : -self.mixture.numbers]
+        place = self.mixture.draw(uniform[..., -self.mixture.numbers :], self._own(label))
         rank = order.argsort(-1).argsort(-1)
         count = rank.shape[-1]
         shape = (-1, self.num_steps * self.grid[0], *self.grid[1:])
         rank, draws = rank.view(shape), draws.view(shape)
 
         def drawn(bits: Tensor, done: int | Tensor, now: int | Tensor) -> Tensor:
-            odds = self._odds(bits, rank < done, row)
+            odds = self._odds(bits, rank < done, place)
             return torch.where((rank >= done) & (rank < now), (draws < odds.sigmoid()).to(bits.dtype), bits)
 
         known = [0, *_known_after(self.spec.passes, count, self.spec.schedule)]
         bits = repeated(drawn, torch.zeros_like(draws), list(itertools.pairwise(known)))
         return bits.unflatten(1, (self.num_steps, -1)).transpose(0, 1).flatten(2)
 
-    def _odds(self, bits: Tensor, known: Tensor, row: Tensor) -> Tensor:
-        """The logits that sampling draws from: guided by label and kind, then sharpened."""
-        odds = self.logits(bits, known, row).float()
+    def _odds(self, bits: Tensor, known: Tensor, place: Tensor) -> Tensor:
+        """The logits that sampling draws from: guided by the outline, then sharpened."""
+        odds = self.logits(bits, known, place).float()
         if self.spec.guidance:
-            without = self.logits(bits, known, torch.full_like(row, self.mixture.unlabelled)).float()
+            without = self.logits(bits, known, torch.zeros_like(place)).float()
             odds = odds + self.spec.guidance * (odds - without)
         return odds / self.spec.temperature
 

@@ -24,14 +24,26 @@ def _seed():
 
 def build(labels=0, **values):
     """A prior whose blocks are no longer the identity."""
-    values = {"channels": 8, "heads": 2, "blocks": 2, "attend_every": 1, "passes": 5, "components": 2, **values}
+    values = {
+        "channels": 8,
+        "heads": 2,
+        "blocks": 2,
+        "attend_every": 1,
+        "passes": 5,
+        "components": 2,
+        "directions": 3,
+        **values,
+    }
     prior = MaskedSpec(**values).build(STEPS, GRID, labels, "auto")
     with torch.no_grad():
         for p in prior.parameters():
             p.add_(torch.randn_like(p) * 0.3)
-    prior.mixture.weights.copy_(torch.rand_like(prior.mixture.weights).softmax(1))
-    prior.mixture.log_odds.normal_()
-    prior.load_state_dict(prior.state_dict())
+    mixture = prior.mixture
+    mixture.weights.copy_(torch.rand_like(mixture.weights).softmax(1))
+    mixture.mean.uniform_(0.3, 0.7)
+    mixture.directions.copy_(torch.linalg.qr(torch.randn_like(mixture.directions))[0])
+    mixture.centres.normal_()
+    mixture.roots.copy_(torch.randn_like(mixture.roots).tril() * 0.1)
     return prior.eval()
 
 
@@ -39,8 +51,8 @@ def bits(batch=BATCH):
     return (torch.rand(batch, STEPS * GRID[0], *GRID[1:]) < 0.5).float()
 
 
-def rows(prior, batch=BATCH):
-    return torch.arange(batch) % prior.mixture.unlabelled
+def places(prior, batch=BATCH):
+    return torch.randn(batch, prior.mixture.directions.shape[1])
 
 
 def noise(prior, batch=BATCH):
@@ -51,13 +63,14 @@ def noise(prior, batch=BATCH):
 @torch.no_grad()
 def test_what_is_masked_is_not_seen_and_what_is_known_is():
     prior, one = build(), bits()
+    place = places(prior)
     known = torch.rand_like(one) < 0.5
     other = torch.where(known, one, 1 - one)
-    assert torch.equal(prior.logits(one, known, rows(prior)), prior.logits(other, known, rows(prior)))
+    assert torch.equal(prior.logits(one, known, place), prior.logits(other, known, place))
     changed = torch.where(known, 1 - one, one)
-    assert not torch.equal(prior.logits(one, known, rows(prior)), prior.logits(changed, known, rows(prior)))
+    assert not torch.equal(prior.logits(one, known, place), prior.logits(changed, known, place))
     # nor is an unknown bit taken for one that is known to be 0
-    unsure, sure = (prior.logits(one * 0, k, rows(prior)) for k in (known, known | True))
+    unsure, sure = (prior.logits(one * 0, k, place) for k in (known, known | True))
     assert not torch.equal(unsure, sure)
 
 
@@ -65,21 +78,21 @@ def test_what_is_masked_is_not_seen_and_what_is_known_is():
 @pytest.mark.parametrize("labels", [0, 3])
 def test_the_loss_is_the_mean_entropy_of_the_masked_bits(labels):
     prior, x = build(labels), bits()
-    row = rows(prior)
+    place = places(prior)
     masked = torch.rand_like(x) < 0.4
-    odds = prior.logits(x, ~masked, row).sigmoid()
+    odds = prior.logits(x, ~masked, place).sigmoid()
     expected = [
         -math.log(p if z else 1 - p)
         for p, z, m in zip(odds.flatten().tolist(), x.flatten().tolist(), masked.flatten().tolist(), strict=True)
         if m
     ]
-    found = prior.cross_entropy(x, masked, row).item()
+    found = prior.cross_entropy(x, masked, place).item()
     assert found == pytest.approx(sum(expected) / len(expected), rel=1e-4)
 
 
 def test_masks_follow_the_cosine():
     prior, parts = build(), []
-    prior.cross_entropy = lambda x, masked, row: parts.append(masked.float().flatten(1).mean(1)) or x.sum()
+    prior.cross_entropy = lambda x, masked, place: parts.append(masked.float().flatten(1).mean(1)) or x.sum()
     for _ in range(50):
         prior(torch.zeros(STEPS, 400, BITS // STEPS))
     parts = torch.cat(parts)
@@ -94,23 +107,23 @@ def test_every_bit_is_drawn_once_with_its_own_number_given_the_ones_before(passe
     prior = build(passes=passes, schedule=schedule)
     uniform, seen = noise(prior), []
     original = prior.logits
-    prior.logits = lambda z, known, row: seen.append((z.clone(), known.clone(), row)) or original(z, known, row)
+    prior.logits = lambda z, known, at: seen.append((z.clone(), known.clone(), at)) or original(z, known, at)
     found = prior.sample(uniform)
     assert found.shape == (STEPS, BATCH, BITS // STEPS)
     assert bool(((found == 0) | (found == 1)).all())
     grid = found.unflatten(2, GRID).transpose(0, 1).flatten(1, 2)
     passes = min(passes, BITS)
     assert len(seen) == passes
-    draws = uniform[1, :, :-1].view(grid.shape)
-    order = uniform[0, :, :-1].view(grid.shape)
-    kind = prior.mixture.draw(uniform[1, :, -1], None)
-    assert all(torch.equal(row, kind) for _, _, row in seen)
+    draws = uniform[1, :, :BITS].view(grid.shape)
+    order = uniform[0, :, :BITS].view(grid.shape)
+    place = prior.mixture.draw(uniform[..., BITS:], None)
+    assert all(torch.equal(at, place) for _, _, at in seen)
     after = [known for _, known, _ in seen[1:]] + [torch.ones_like(seen[0][1])]
     for (z, known, _), then in zip(seen, after, strict=True):
         assert bool((then | ~known).all())  # what is known stays known
         now = then & ~known
         assert torch.equal(torch.where(known, grid, torch.zeros_like(grid)), z)
-        assert torch.equal(grid[now], (draws < original(z, known, kind).sigmoid()).float()[now])
+        assert torch.equal(grid[now], (draws < original(z, known, place).sigmoid()).float()[now])
         for b, image in itertools.product(range(BATCH), [then]):
             if 0 < image[b].sum() < BITS:
                 assert order[b][image[b]].max() <= order[b][~image[b]].min()
@@ -133,7 +146,7 @@ def test_images_do_not_see_each_other():
 def test_samples_have_the_probabilities_that_the_network_states():
     prior = build(passes=4)
     odds = torch.randn(STEPS * GRID[0], *GRID[1:])
-    prior.logits = lambda z, known, row: odds.expand_as(z)
+    prior.logits = lambda z, known, place: odds.expand_as(z)
     n = 5000
     found = prior.sample(noise(prior, n)).unflatten(2, GRID).transpose(0, 1).flatten(1, 2)
     p = odds.sigmoid()
@@ -142,10 +155,10 @@ def test_samples_have_the_probabilities_that_the_network_states():
 
 
 @torch.no_grad()
-def test_a_label_is_needed_and_kinds_matter_where_there_are_some():
+def test_a_label_is_needed_and_outlines_matter():
     prior, x = build(3), bits()
     known = torch.rand_like(x) < 0.5
-    found = [prior.logits(x, known, torch.full((BATCH,), row)) for row in range(prior.mixture.unlabelled + 1)]
+    found = [prior.logits(x, known, places(prior)) for _ in range(3)]
     assert all(not torch.equal(a, b) for a, b in itertools.combinations(found, 2))
     with pytest.raises(UserError, match="label"):
         prior.sample(noise(prior))
@@ -165,12 +178,13 @@ def test_untrained_it_draws_from_the_mixture_alone(labels):
     spikes = codes.unflatten(1, (STEPS, -1)).transpose(0, 1).flatten(2).bool()
     prior.fit_mixture(spikes, kind // 2 if labels else None)
     label = torch.arange(400) % 3 if labels else None
-    found = prior.sample(noise(prior, 400), label).unflatten(2, GRID).transpose(0, 1).flatten(1, 2)
-    apart = (found[:, None] != patterns).flatten(2).float().mean(2)  # [400, kinds]
-    near = apart.argmin(1)
-    assert apart.min(1).values.mean() == pytest.approx(0.05, abs=0.02)
+    uniform = noise(prior, 400)
+    found = prior.sample(uniform, label).unflatten(2, GRID).transpose(0, 1).flatten(1, 2)
+    odds = prior.mixture.log_odds(prior.mixture.draw(uniform[..., BITS:], label)).view_as(found)
+    assert torch.equal(found, (uniform[1, :, :BITS].view_as(found) < odds.sigmoid()).float())
+    near = (found[:, None] != patterns).flatten(2).float().mean(2).argmin(1)  # [400, kinds]
     if labels:
-        assert torch.equal(near // 2, label)
+        assert (near // 2 == label).float().mean() > 0.9
     counts = torch.bincount(near, minlength=len(patterns)) / 400
     assert counts.sub(torch.bincount(kind, minlength=len(patterns)) / 600).abs().max() < 0.1
 
@@ -182,43 +196,46 @@ def test_the_known_bits_currents_have_the_scale_of_their_share(known):
     mask = (torch.arange(BITS) < known).view(1, *x.shape[1:]).expand_as(x)
     seen = {}
     prior.blocks[0].register_forward_hook(lambda m, a, out: seen.update(u=a[0]))
-    prior.logits(x, mask, rows(prior))
+    place = places(prior)
+    prior.logits(x, mask, place)
     currents = prior.stem(torch.cat([x * mask, (1 - x) * mask], 1)) / (known / BITS + 0.02) ** 0.5
-    rates = prior.mixture.log_odds[rows(prior)].sigmoid().view_as(x)
+    rates = prior.mixture.log_odds(place).sigmoid().view_as(x)
     torch.testing.assert_close(seen["u"][0], currents + prior.outline(2 * rates - 1) + prior.place)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("guidance", [0.5, 3.0])
-def test_guidance_moves_the_logits_away_from_those_without_a_label(guidance):
-    prior = build(3, passes=2, guidance=guidance, temperature=0.7, components=1)
-    by_label = torch.randn(4, STEPS * GRID[0], *GRID[1:])  # the last one: no label
-    prior.logits = lambda z, known, row: by_label[row]
+def test_guidance_moves_the_logits_away_from_those_without_an_outline(guidance):
+    prior = build(3, passes=2, guidance=guidance, temperature=0.7)
+    with_it, without = torch.randn(2, STEPS * GRID[0], *GRID[1:])
+    prior.logits = lambda z, known, at: torch.where(at.any(1).view(-1, 1, 1, 1), with_it, without)
     n = 4000
     found = prior.sample(noise(prior, n), torch.zeros(n, dtype=torch.int64)).unflatten(2, GRID)
-    odds = (by_label[0] + guidance * (by_label[0] - by_label[3])) / 0.7
+    odds = (with_it + guidance * (with_it - without)) / 0.7
     p = odds.sigmoid().clamp(1e-3, 1 - 1e-3)
     mean = found.transpose(0, 1).flatten(1, 2).mean(0)
     assert bool(((mean - p).abs() < 5 * (p * (1 - p) / n).sqrt() + 2e-3).all())
 
 
 @pytest.mark.parametrize(("training", "dropout"), [(True, 0.3), (True, 0.0), (False, 0.3)])
-def test_labels_are_hidden_in_training_alone(training, dropout):
-    prior = build(3, label_dropout=dropout, components=1).train(training)
+def test_outlines_are_hidden_in_training_alone(training, dropout):
+    prior = build(3, label_dropout=dropout).train(training)
     asked = []
-    prior.cross_entropy = lambda z, masked, row: asked.append(row) or z.sum()
-    labels = torch.arange(2000) % 3
-    prior(torch.zeros(STEPS, 2000, BITS // STEPS), labels)
-    hidden = asked[0] == 3
+    prior.cross_entropy = lambda z, masked, place: asked.append(place) or z.sum()
+    spikes = torch.rand(STEPS, 2000, BITS // STEPS).round()
+    prior(spikes, torch.arange(2000) % 3)
+    hidden = ~asked[0].any(1)
     expected = dropout if training else 0.0
     assert abs(hidden.float().mean() - expected) <= 5 * (expected * (1 - expected) / 2000) ** 0.5
-    assert torch.equal(asked[0][~hidden], labels[~hidden])
+    own = prior.mixture.place(spikes.unflatten(2, GRID).transpose(0, 1).flatten(1))
+    assert torch.equal(asked[0][~hidden], own[~hidden])
 
 
-@pytest.mark.parametrize(("labels", "values"), [(0, {"components": 1}), (3, {"label_dropout": 0.0})])
-def test_guidance_without_kinds_to_hide_is_refused(labels, values):
-    with pytest.raises(UserError, match=r"prior\.network\.guidance 2\.0 needs a prior trained with labels or comp"):
-        build(labels, guidance=2.0, **values)
+def test_guidance_without_outlines_to_hide_is_refused():
+    with pytest.raises(
+        UserError, match=r"prior\.network\.guidance 2\.0 needs a prior trained with a label_dropout above"
+    ):
+        build(guidance=2.0, label_dropout=0.0)
 
 
 def test_self_attention_is_the_products_of_its_spikes():
@@ -310,5 +327,5 @@ def test_a_prior_needs_bits_on_a_grid():
 def test_masked_logits_of_an_untrained_prior_are_even():
     prior = MaskedSpec(channels=8, heads=2, blocks=2).build(STEPS, GRID, 0, "auto").eval()
     x = bits()
-    logits = prior.logits(x, torch.zeros_like(x, dtype=torch.bool), rows(prior))
+    logits = prior.logits(x, torch.zeros_like(x, dtype=torch.bool), places(prior))
     assert abs(F.binary_cross_entropy_with_logits(logits, x) - math.log(2)) < 0.1

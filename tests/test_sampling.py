@@ -29,7 +29,10 @@ def model(prior=True, **network):
     if prior:
         vae.add_prior(MaskedSpec(**{"channels": 8, "heads": 2, "blocks": 1, "passes": 3} | network))
         torch.nn.init.normal_(vae.prior.readout.weight)
-        vae.prior.mixture.log_odds.normal_(std=3)
+        mixture = vae.prior.mixture
+        mixture.mean.uniform_()
+        mixture.directions.normal_(std=0.3)
+        mixture.centres.normal_()
     for module in vae.modules():
         if isinstance(module, ThresholdNorm):  # as lively as after training
             module.running_var.fill_(0.05)

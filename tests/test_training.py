@@ -396,12 +396,12 @@ def test_the_priors_mixture_is_fitted_to_the_encoders_codes(
         assert 60 < same[0].sum() < 140 if flip else same[0].all()
         assert torch.equal(label, data.labels)
     torch.manual_seed(5)
-    by_hand = mixture.BernoulliMixture(10 if labels else 1, 64, bits)
+    by_hand = mixture.OutlineMixture(10 if labels else 1, 64, bits, bits)
     by_hand.fit(spikes.unflatten(2, (2, 2, 2)).transpose(0, 1).flatten(1), label if labels else None)
     assert by_hand.weights.gt(0).sum() > 10
     saved = weights_of(run)
-    for name in ("weights", "log_odds"):
-        assert torch.equal(saved[f"prior.mixture.{name}"], getattr(by_hand, name))
+    for name, buffer in by_hand.named_buffers():
+        assert torch.equal(saved[f"prior.mixture.{name}"], buffer)
 
 
 @pytest.mark.parametrize("steps", [1, 4])
