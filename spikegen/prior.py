@@ -51,7 +51,7 @@ class MaskedSpec(Spec):
     """In every block, on the spikes between its convolutions."""
     components: int = Field(64, ge=1, le=2**12)
     """Gaussians that outlines are drawn from, of each label; of all images where there are no labels."""
-    directions: int = Field(64, ge=1, le=2**12)
+    directions: int = Field(96, ge=1, le=2**12)
     """Numbers that an outline is; no more than there are bits."""
     passes: int = Field(16, ge=1, le=2**16)
     schedule: float = Field(4.0, ge=1, le=64)
