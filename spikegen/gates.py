@@ -54,7 +54,7 @@ def record_gates(
             if model.prior is not None:
                 with torch.random.fork_rng(devices):
                     torch.manual_seed(0)  # the same bits are masked every time
-                    model.prior(bits, label)
+                    model.prior(bits)
         else:
             model(images)
     finally:

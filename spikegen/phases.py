@@ -107,12 +107,11 @@ def prior_phase(session: Session, vae: SpikingVAE, settings: PriorConfig, seen: 
         prior.fit_mixture(*_codes(session, vae, settings, seen))
     average = average_of(prior, settings.ema)
     averaged = vae.prior = cast(MaskedPrior, average.module)
-    conditional = vae.config.conditional
 
     def loss(wrapped: nn.Module, image: Tensor, label: Tensor | None, progress: float) -> Parts:
         with torch.no_grad():
             bits = vae.eval().encode(image, seed=int(torch.randint(2**62, ()))).spikes  # drawn anew at every step
-        entropy = wrapped(bits, label if conditional else None)
+        entropy = wrapped(bits)
         return {"loss/prior_entropy": entropy, "prior_entropy": entropy}
 
     def evaluate() -> dict[str, float]:
@@ -228,6 +227,5 @@ def _evaluate_prior(vae: SpikingVAE, prior: MaskedPrior, data: ImageSet, config:
     for k in range(0, count, 250):
         part = slice(k, min(k + 250, count))
         bits = vae.encode(to_model(data.images[part]).to(vae.device), first=k).spikes
-        label = data.labels[part].to(vae.device) if data.labels is not None and vae.config.conditional else None
-        total += prior(bits, label).item() * bits.shape[1]
+        total += prior(bits).item() * bits.shape[1]
     return {"test_prior_entropy": total / count}

@@ -57,7 +57,7 @@ class MaskedSpec(Spec):
     schedule: float = Field(4.0, ge=1, le=64)
     temperature: float = Field(1.0, gt=0)
     """What the logits are divided by in sampling."""
-    label_dropout: float = Field(0.1, ge=0, lt=1)
+    outline_dropout: float = Field(0.1, ge=0, lt=1)
     """The part of the images whose outline training hides, so that the network knows what is likely without."""
     guidance: float = Field(0.0, ge=0)
     """In sampling, how many times further the outline moves the logits (classifier-free guidance, 2207.12598)."""
@@ -71,8 +71,8 @@ class MaskedSpec(Spec):
 
     def check_guidance(self, key: str) -> None:
         """UserError, which names `key`, where the network cannot tell what an outline does."""
-        if self.guidance and not self.label_dropout:
-            raise UserError(f"{key} {self.guidance} needs a prior trained with a label_dropout above 0; set it to 0")
+        if self.guidance and not self.outline_dropout:
+            raise UserError(f"{key} {self.guidance} needs a prior trained with an outline_dropout above 0; set it to 0")
 
 
 class Residual(nn.Module):
@@ -140,16 +140,16 @@ class MaskedPrior(nn.Module):
         """The outlines that there are, from codes drawn for training images; before any training."""
         self.mixture.fit(self._to_grid(spikes).flatten(1), self._own(label))
 
-    def forward(self, spikes: Float[Tensor, "T B D"], label: Int64[Tensor, " B"] | None = None) -> Float[Tensor, ""]:
+    def forward(self, spikes: Float[Tensor, "T B D"]) -> Float[Tensor, ""]:
         """The loss: cross-entropy in nats of bits masked at random, the mean over them.
 
-        Of each image a part cos(pi u / 2) is masked, u uniform: the parts that sampling meets.
+        Of each image a part cos(pi u / 2) is masked, u uniform: the parts that sampling meets. Its label is not needed:
+        its outline is its own, where sampling draws one of the label's.
         """
-        self._own(label)  # an outline has it in it
         bits = self._to_grid(spikes)
         place = self.mixture.place(bits.flatten(1))
         if self.training:
-            place = place * (torch.rand(len(place), 1, device=place.device) >= self.spec.label_dropout)
+            place = place * (torch.rand(len(place), 1, device=place.device) >= self.spec.outline_dropout)
         part = torch.cos(torch.rand(len(bits), 1, 1, 1, device=bits.device) * (math.pi / 2))
         masked = torch.rand_like(bits, dtype=torch.float32) < part
         return self.cross_entropy(bits, masked, place)

@@ -162,8 +162,6 @@ def test_a_label_is_needed_and_outlines_matter():
     assert all(not torch.equal(a, b) for a, b in itertools.combinations(found, 2))
     with pytest.raises(UserError, match="label"):
         prior.sample(noise(prior))
-    with pytest.raises(UserError, match="label"):
-        prior(torch.zeros(STEPS, BATCH, BITS // STEPS))
 
 
 @torch.no_grad()
@@ -219,11 +217,11 @@ def test_guidance_moves_the_logits_away_from_those_without_an_outline(guidance):
 
 @pytest.mark.parametrize(("training", "dropout"), [(True, 0.3), (True, 0.0), (False, 0.3)])
 def test_outlines_are_hidden_in_training_alone(training, dropout):
-    prior = build(3, label_dropout=dropout).train(training)
+    prior = build(3, outline_dropout=dropout).train(training)
     asked = []
     prior.cross_entropy = lambda z, masked, place: asked.append(place) or z.sum()
     spikes = torch.rand(STEPS, 2000, BITS // STEPS).round()
-    prior(spikes, torch.arange(2000) % 3)
+    prior(spikes)
     hidden = ~asked[0].any(1)
     expected = dropout if training else 0.0
     assert abs(hidden.float().mean() - expected) <= 5 * (expected * (1 - expected) / 2000) ** 0.5
@@ -233,9 +231,9 @@ def test_outlines_are_hidden_in_training_alone(training, dropout):
 
 def test_guidance_without_outlines_to_hide_is_refused():
     with pytest.raises(
-        UserError, match=r"prior\.network\.guidance 2\.0 needs a prior trained with a label_dropout above"
+        UserError, match=r"prior\.network\.guidance 2\.0 needs a prior trained with an outline_dropout above"
     ):
-        build(guidance=2.0, label_dropout=0.0)
+        build(guidance=2.0, outline_dropout=0.0)
 
 
 def test_self_attention_is_the_products_of_its_spikes():
@@ -256,7 +254,7 @@ def test_self_attention_is_the_products_of_its_spikes():
 @pytest.mark.parametrize("values", [{}, {"attend_every": 0}, {"attention": None}, {"num_steps": 1}, {"blocks": 1}])
 def test_every_parameter_learns(values):
     prior = build(3, **values).train()
-    prior(torch.rand(STEPS, BATCH, BITS // STEPS).round(), LABELS).backward()
+    prior(torch.rand(STEPS, BATCH, BITS // STEPS).round()).backward()
     for name, parameter in prior.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name

@@ -151,8 +151,8 @@ def test_candidates_of_a_given_label(label):
 def test_settings_that_a_model_cannot_have_are_refused():
     with pytest.raises(UserError, match=r"no learnt prior: omit --passes, --guidance"):
         drawn(model(prior=False), passes=3, guidance=1.0)
-    with pytest.raises(UserError, match=r"guidance 1\.0 needs a prior trained with .* label_dropout above 0"):
-        drawn(model(label_dropout=0), guidance=1.0)
+    with pytest.raises(UserError, match=r"guidance 1\.0 needs a prior trained with .* outline_dropout above 0"):
+        drawn(model(outline_dropout=0), guidance=1.0)
     headless = model()
     headless.head = None
     with pytest.raises(UserError, match="--candidates is for models with labels and a classifier head"):
