@@ -6,6 +6,7 @@ expectation maximisation, and an outline says of each bit how often it fires: mu
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float, Int64, Shaped
@@ -18,13 +19,16 @@ PSEUDO_COUNT = 64.0
 """A component's covariance is that of its codes and of this many that spread as those of all components do."""
 
 CODES_PER_COMPONENT = 32
-"""A label has no more components than leave them this many codes each: fewer would be kept, not generalised."""
+"""A label has no more components than leave them this many codes each, on average: fewer would be kept, not learnt."""
 
 LEAST_RATE = 0.002
 """No bit is thought surer than this: one code in five hundred may differ."""
 
 LEAST_VARIANCE = 1e-4
 """Along each direction; bits are 0 and 1."""
+
+OVERSAMPLING = 16
+"""Directions that the search has beyond those that are wanted: its last ones are poor."""
 
 DIRECTION_CODES = 20_000
 """Codes that the directions are found from, at most, chosen at random: they exist as floats at once."""
@@ -52,7 +56,8 @@ class OutlineMixture(nn.Module):
         self.register_buffer("directions", torch.zeros(bits, directions))
         self.register_buffer("weights", torch.full((labels, components), 1 / components))
         self.register_buffer("centres", torch.zeros(labels, components, directions))
-        self.register_buffer("roots", torch.zeros(labels, components, directions, directions))  # R R^T = S, triangular
+        # S = R R^T, R lower triangular: what is not zero of it, a row after the other.
+        self.register_buffer("roots", torch.zeros(labels, components, directions * (directions + 1) // 2))
 
     @property
     def size(self) -> int:
@@ -65,25 +70,35 @@ class OutlineMixture(nn.Module):
         return 1 + self.directions.shape[1]
 
     @torch.no_grad()
-    def fit(self, codes: Shaped[Tensor, "N D"], label: Int64[Tensor, " N"] | None = None) -> None:
-        """To codes of zeros and ones and their labels; draws from torch's generator."""
+    def fit(
+        self,
+        codes: Shaped[Tensor, "N D"],
+        label: Int64[Tensor, " N"] | None = None,
+        advance: Callable[[], object] = lambda: None,
+    ) -> None:
+        """To codes of zeros and ones and their labels; draws from torch's generator.
+
+        Calls `advance` at most `labels` x ITERATIONS times on the way.
+        """
         self.mean.copy_(
             torch.stack([part.sum(0, dtype=torch.float64) for part in codes.split(BLOCK)]).sum(0) / len(codes)
         )
         some = codes[torch.randperm(len(codes))[:DIRECTION_CODES].to(codes.device)].float() - self.mean
-        found = torch.pca_lowrank(some, min(self.directions.shape[1], *some.shape), center=False, niter=4)[2]
-        self.directions.zero_()
+        wanted = self.directions.shape[1]
+        found = torch.pca_lowrank(some, min(wanted + OVERSAMPLING, *some.shape), center=False, niter=4)[2][:, :wanted]
         self.directions[:, : found.shape[1]] = found
         places = torch.cat([self.place(part) for part in codes.split(BLOCK)])
         for y in range(self.labels):
             own = places if label is None else places[label == y]
             if len(own):
                 used = max(1, min(self.components, len(own) // CODES_PER_COMPONENT))
+                weights, centres, roots = _fitted(own.double(), used, advance)
                 self.weights[y] = 0
-                self.weights[y, :used], self.centres[y, :used], self.roots[y, :used] = _fitted(own.double(), used)
+                self.weights[y, :used], self.centres[y, :used] = weights, centres
+                self.roots[y, :used] = roots[:, *_lower(wanted, codes.device)]
 
     def place(self, codes: Shaped[Tensor, "B D"]) -> Float[Tensor, "B d"]:
-        """The outline of each code, in float32 at least."""
+        """The outline of each code."""
         with torch.autocast(codes.device.type, enabled=False):
             return (codes.to(self.mean.dtype) - self.mean) @ self.directions
 
@@ -98,19 +113,30 @@ class OutlineMixture(nn.Module):
         """An outline of each label from 2 x `numbers` numbers in [0, 1) each; without labels, of the only one."""
         count = uniform.shape[1]
         label = torch.zeros(count, dtype=torch.long, device=uniform.device) if label is None else label
+        # Half precision rounds up to 1, of which Box and Muller make infinity.
+        precision = max(torch.finfo(uniform.dtype).eps, torch.finfo(torch.float32).eps)
+        uniform = uniform.float().clamp(max=1 - precision / 2)
         # In float64, and never the end itself: a component of weight 0 is not drawn, whatever the rounding.
         passed = uniform[1, :, :1].double() * self.weights[label].double().sum(1, keepdim=True)
         found = (passed >= self.weights[label].double().cumsum(1)).sum(1)
-        found = found.clamp(max=self.components - 1)  # a number rounded up to 1
-        radius, angle = uniform[..., 1:].to(self.mean.dtype)  # Box and Muller: ONNX has no inverse of the normal's
-        radius = (-2 * torch.log1p(-radius.clamp(max=1 - 2**-24))).sqrt()
-        normal = radius * torch.cos(2 * math.pi * angle)
+        radius, angle = uniform[..., 1:]  # Box and Muller: ONNX has no inverse of the normal distribution
+        normal = (-2 * torch.log1p(-radius)).sqrt() * torch.cos(2 * math.pi * angle)
+        size = normal.shape[1]
+        roots = self.roots.new_zeros(count, size, size)
+        roots[:, *_lower(size, uniform.device)] = self.roots[label, found]
         with torch.autocast(uniform.device.type, enabled=False):
-            return self.centres[label, found] + (self.roots[label, found] @ normal[..., None])[..., 0]
+            apart = roots @ normal.to(roots.dtype)[..., None]
+        return self.centres[label, found] + apart[..., 0]
+
+
+def _lower(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Rows and columns of a lower triangular matrix, as `roots` has them."""
+    row, column = torch.tril_indices(size, size, device=device)
+    return row, column
 
 
 def _fitted(
-    places: Float[Tensor, "N d"], components: int
+    places: Float[Tensor, "N d"], components: int, advance: Callable[[], object] = lambda: None
 ) -> tuple[Float[Tensor, " m"], Float[Tensor, "m d"], Float[Tensor, "m d d"]]:
     """Weights, centres and roots; at first every component spreads as all places do, about one of them."""
     count, size = places.shape
@@ -120,6 +146,7 @@ def _fitted(
     apart = places - places.mean(0)
     roots = torch.linalg.cholesky(apart.T @ apart / count + least).expand(components, -1, -1)
     for _ in range(ITERATIONS):
+        advance()
         owners = torch.cat([_owners(part, weights, centres, roots) for part in places.split(BLOCK)])
         number = owners.sum(0)
         weights = number / count
@@ -133,10 +160,12 @@ def _fitted(
 
 def _owners(places: Tensor, weights: Tensor, centres: Tensor, roots: Tensor) -> Float[Tensor, "N m"]:
     """p(m | h): how much of each place belongs to each component."""
-    inverse = torch.linalg.solve_triangular(roots, torch.eye(len(roots[0])).to(roots), upper=False)
-    white = places @ inverse.mT - (centres[:, None] @ inverse.mT)  # [m, N, d]
+    far = [
+        torch.linalg.solve_triangular(root, (places - centre).T, upper=False).square().sum(0)
+        for centre, root in zip(centres, roots, strict=True)
+    ]
     log_volume = roots.diagonal(dim1=1, dim2=2).log().sum(1)
-    return (weights.log() - log_volume - white.square().sum(2).T / 2).softmax(1)
+    return (weights.log() - log_volume - torch.stack(far, 1) / 2).softmax(1)
 
 
 def _spread(apart: Float[Tensor, "N d"], parts: Float[Tensor, " N"]) -> Float[Tensor, "d d"]:

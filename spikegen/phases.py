@@ -16,6 +16,7 @@ from spikegen.extractors import CNN_SIZES, SmallCNN, load_cnn
 from spikegen.grading import predict
 from spikegen.loop import Parts, Phase, Session, State, average_of, leave_if_stopped
 from spikegen.metrics import accuracy, reconstruction_mse
+from spikegen.mixture import ITERATIONS
 from spikegen.objective import classifier_parts, loss_parts, perceived
 from spikegen.prior import MaskedPrior
 from spikegen.progress import progress_bar
@@ -104,7 +105,15 @@ def prior_phase(session: Session, vae: SpikingVAE, settings: PriorConfig, seen: 
     frozen = _agreed(vae, session)
     prior = vae.add_prior(settings.network)
     if fresh:
-        prior.fit_mixture(*_codes(session, vae, settings, seen))
+        codes, labels = _codes(session, vae, settings, seen)
+        with progress_bar(session.accelerator.is_main_process) as bar:
+            task = bar.add_task("finding outlines", total=prior.mixture.labels * ITERATIONS, info="")
+
+            def advance() -> None:
+                leave_if_stopped(session, seen)
+                bar.advance(task)
+
+            prior.fit_mixture(codes, labels, advance)
     average = average_of(prior, settings.ema)
     averaged = vae.prior = cast(MaskedPrior, average.module)
 
@@ -217,7 +226,10 @@ def _evaluate(model: SpikingVAE, data: ImageSet, config: Config) -> dict[str, fl
 
 @torch.no_grad()
 def _evaluate_prior(vae: SpikingVAE, prior: MaskedPrior, data: ImageSet, config: Config) -> dict[str, float]:
-    """The averaged prior's cross-entropy on the first test images' bits, always the same ones masked."""
+    """The averaged prior's cross-entropy on the first test images' bits, always the same ones masked.
+
+    Given their outlines, which tell of the masked bits too: it compares between priors of the same `directions` alone.
+    """
     count = min(config.training.evaluate, len(data))
     if not count:
         return {}

@@ -6,6 +6,7 @@ membrane shortcuts as in MS-ResNet (2209.13929), self-attention without softmax 
 
 import itertools
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -24,6 +25,12 @@ from spikegen.stages import fold_time, point_stage, same_stage
 from spikegen.threshold_norm import ThresholdNorm
 
 Grid = tuple[int, int, int]
+
+BITS_PER_DIRECTION = 8
+"""An outline of more numbers than one for so many bits would be the code itself."""
+
+MIXTURE_LIMIT = 2**28
+"""Numbers that the outlines' Gaussians may be: a GiB."""
 
 SHARE_FLOOR = 0.02
 """Added to the share of known bits where it scales their currents."""
@@ -52,7 +59,7 @@ class MaskedSpec(Spec):
     components: int = Field(64, ge=1, le=2**12)
     """Gaussians that outlines are drawn from, of each label; of all images where there are no labels."""
     directions: int = Field(96, ge=1, le=2**12)
-    """Numbers that an outline is; no more than there are bits."""
+    """Numbers that an outline is; at most one for every eight bits."""
     passes: int = Field(16, ge=1, le=2**16)
     schedule: float = Field(4.0, ge=1, le=64)
     temperature: float = Field(1.0, gt=0)
@@ -67,6 +74,11 @@ class MaskedSpec(Spec):
         self.check_guidance("prior.network.guidance")
         if self.channels % self.heads:
             raise UserError(f"prior.network.heads {self.heads} does not divide channels {self.channels}")
+        if (numbers := max(num_labels, 1) * self.components * self.directions**2) > MIXTURE_LIMIT:
+            raise UserError(
+                f"prior.network.components {self.components} of directions {self.directions} are {numbers:,} numbers "
+                f"for all labels, more than {MIXTURE_LIMIT:,}; make one of the two smaller"
+            )
         return MaskedPrior(self, num_steps, grid, num_labels, engine)
 
     def check_guidance(self, key: str) -> None:
@@ -124,7 +136,8 @@ class MaskedPrior(nn.Module):
         self.place = nn.Parameter(torch.zeros(spec.channels, height, width))
         self.num_labels = num_labels
         count = bits * height * width
-        self.mixture = OutlineMixture(max(num_labels, 1), spec.components, min(spec.directions, count), count)
+        directions = max(1, min(spec.directions, count // BITS_PER_DIRECTION))
+        self.mixture = OutlineMixture(max(num_labels, 1), spec.components, directions, count)
         self.outline = nn.Conv2d(bits, spec.channels, 3, padding=1, bias=False)
         blocks: list[nn.Module] = []
         for i in range(1, spec.blocks + 1):
@@ -136,9 +149,11 @@ class MaskedPrior(nn.Module):
         self.readout = nn.Conv2d(spec.channels, bits, 1)
         self.to(memory_format=torch.channels_last)
 
-    def fit_mixture(self, spikes: Bool[Tensor, "T N D"], label: Int64[Tensor, " N"] | None) -> None:
-        """The outlines that there are, from codes drawn for training images; before any training."""
-        self.mixture.fit(self._to_grid(spikes).flatten(1), self._own(label))
+    def fit_mixture(
+        self, spikes: Bool[Tensor, "T N D"], label: Int64[Tensor, " N"] | None, advance: Callable[[], object]
+    ) -> None:
+        """The outlines that there are, from codes drawn for training images, before any training; see its `fit`."""
+        self.mixture.fit(self._to_grid(spikes).flatten(1), self._own(label), advance)
 
     def forward(self, spikes: Float[Tensor, "T B D"]) -> Float[Tensor, ""]:
         """The loss: cross-entropy in nats of bits masked at random, the mean over them.
@@ -158,15 +173,18 @@ class MaskedPrior(nn.Module):
         self, bits: Float[Tensor, "B K H W"], masked: Bool[Tensor, "B K H W"], place: Float[Tensor, "B d"]
     ) -> Float[Tensor, ""]:
         """The mean over the masked bits, in nats, given the others and the outline."""
-        logits = self.logits(bits, ~masked, place)
+        logits = self.logits(bits, ~masked, self.outlined(place))
         each = F.binary_cross_entropy_with_logits(logits.float(), bits.float(), reduction="none")
         return (each * masked).sum() / masked.sum().clamp(min=1)
 
+    def outlined(self, place: Float[Tensor, "B d"]) -> Float[Tensor, "B K H W"]:
+        """Log odds of every bit as the outline has them."""
+        return self.mixture.log_odds(place).unflatten(1, (-1, *self.grid[1:]))
+
     def logits(
-        self, bits: Float[Tensor, "B K H W"], known: Bool[Tensor, "B K H W"], place: Float[Tensor, "B d"]
+        self, bits: Float[Tensor, "B K H W"], known: Bool[Tensor, "B K H W"], outline: Float[Tensor, "B K H W"]
     ) -> Float[Tensor, "B K H W"]:
-        """Log odds of every bit, seeing the known ones and the outline's place."""
-        outline = self.mixture.log_odds(place).unflatten(1, (-1, *self.grid[1:]))
+        """Log odds of every bit, seeing the known ones and the outline's odds."""
         # However few bits are known, their currents have one scale; the floor keeps a few bits from counting too much.
         scale = (known.float().mean((1, 2, 3), keepdim=True) + SHARE_FLOOR).rsqrt()
         u = self.stem(torch.cat([bits * known, (1 - bits) * known], 1))
@@ -194,24 +212,25 @@ class MaskedPrior(nn.Module):
         """Spikes drawn in `passes` passes; image b depends on its own numbers and label alone."""
         order, draws = uniform[..., : -self.mixture.numbers]
         place = self.mixture.draw(uniform[..., -self.mixture.numbers :], self._own(label))
+        outline, blank = self.outlined(place), self.outlined(torch.zeros_like(place))
         rank = order.argsort(-1).argsort(-1)
         count = rank.shape[-1]
         shape = (-1, self.num_steps * self.grid[0], *self.grid[1:])
         rank, draws = rank.view(shape), draws.view(shape)
 
         def drawn(bits: Tensor, done: int | Tensor, now: int | Tensor) -> Tensor:
-            odds = self._odds(bits, rank < done, place)
+            odds = self._odds(bits, rank < done, outline, blank)
             return torch.where((rank >= done) & (rank < now), (draws < odds.sigmoid()).to(bits.dtype), bits)
 
         known = [0, *_known_after(self.spec.passes, count, self.spec.schedule)]
         bits = repeated(drawn, torch.zeros_like(draws), list(itertools.pairwise(known)))
         return bits.unflatten(1, (self.num_steps, -1)).transpose(0, 1).flatten(2)
 
-    def _odds(self, bits: Tensor, known: Tensor, place: Tensor) -> Tensor:
+    def _odds(self, bits: Tensor, known: Tensor, outline: Tensor, blank: Tensor) -> Tensor:
         """The logits that sampling draws from: guided by the outline, then sharpened."""
-        odds = self.logits(bits, known, place).float()
+        odds = self.logits(bits, known, outline).float()
         if self.spec.guidance:
-            without = self.logits(bits, known, torch.zeros_like(place)).float()
+            without = self.logits(bits, known, blank).float()
             odds = odds + self.spec.guidance * (odds - without)
         return odds / self.spec.temperature
 

@@ -19,7 +19,8 @@ BATCH = 16
 
 CONVENTIONS = """\
 estimate: T x dense operations of a step x rate (the non-zero part of the input), as papers count; exact: pairs of a
-  non-zero input and a non-zero weight that meet. ACs where all input is binary, else MACs; norms and neurons are free.
+  non-zero input and a non-zero weight that meet. ACs where all input is binary, else MACs; norms, neurons
+  and the draw of a prior's outline are free.
 ANN twin: each layer dense, at one step, without gates.
 NASAR: spikes a neuron a step over all LIF neurons, the head's included, as they fire: after pooling of currents, before
   pooling or gating of spikes. A neuron's rate is LASAR."""

@@ -1,12 +1,14 @@
-"""Image files to read, and what must be said of bad ones."""
+"""Image files to read, what must be said of bad ones, and outlines as if fitted."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from spikegen.mixture import OutlineMixture
 from spikegen.spec import UserError
 
 RNG = np.random.default_rng(0)
@@ -28,3 +30,13 @@ def mistake(run: Callable[[], object], *parts: str) -> None:
     line = str(caught.value)
     assert "\n" not in line
     assert all(part in line for part in parts), line
+
+
+def fill(mixture: OutlineMixture) -> OutlineMixture:
+    """With random directions and Gaussians, from torch's generator."""
+    mixture.mean.uniform_(0.3, 0.7)
+    mixture.directions.copy_(torch.linalg.qr(torch.randn_like(mixture.directions))[0])
+    mixture.weights.copy_(torch.rand_like(mixture.weights).softmax(1))
+    mixture.centres.normal_()
+    mixture.roots.normal_(std=0.2)
+    return mixture

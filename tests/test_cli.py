@@ -72,7 +72,7 @@ def test_a_dry_run_counts_the_mixture_too(spikegen) -> None:
         "train", "mnist", "--set", "prior.network.components=3", "--set", "prior.network.directions=7", "--dry-run"
     )[2]
     # means of 4 x 8 x 8 x 8 bits, 7 directions among them, 3 weighted Gaussians over these for each of 10 labels
-    assert f"which has {2048 * 8 + 30 * (1 + 7 + 49):,} numbers of its mixture beside them" in err
+    assert f"which has {2048 * 8 + 30 * (1 + 7 + 28):,} numbers of its mixture beside them" in err
     assert "mixture" not in spikegen("train", "digits", "--dry-run")[2]
 
 

@@ -14,6 +14,7 @@ from spikegen.prior import MaskedSpec
 from spikegen.spec import UserError
 from spikegen.threshold_norm import ThresholdNorm
 from spikegen.vae import ModelConfig, SpikingVAE
+from tests.inputs import fill
 
 LATENTS = {
     "bernoulli": {"kind": "bernoulli", "size": 4, "candidates": 3},
@@ -33,7 +34,7 @@ def vae(latent="spatial", prior=None, **values):
     config = defaults | {"latent": LATENTS[latent], "conditional": conditional} | values
     model = SpikingVAE(ModelConfig.model_validate(config), (1, 8, 8), ("cat", "dog", "bird"))
     if prior:
-        model.add_prior(prior)
+        fill(model.add_prior(prior).mixture)
     for norm in (m for m in model.modules() if isinstance(m, ThresholdNorm)):
         norm.running_var.uniform_(0.005, 0.05)
         norm.bias.uniform_(-0.2, 0.4)

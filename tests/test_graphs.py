@@ -6,6 +6,7 @@ import torch
 from spikegen.graphs import recorded
 from spikegen.prior import MaskedSpec
 from spikegen.vae import SAMPLE_CHUNK
+from tests.inputs import fill
 from tests.test_vae import build
 
 
@@ -34,7 +35,7 @@ def test_the_mode_is_as_before_between_chunks():
 def test_a_graph_replays_the_samples(conditional, prior):
     model = build(conditional=conditional, **({"latent": {"kind": "spatial", "channels": 2}} if prior else {}))
     if prior:
-        model.add_prior(MaskedSpec(channels=8, heads=2, blocks=1, passes=3, components=4))
+        fill(model.add_prior(MaskedSpec(channels=8, heads=2, blocks=1, passes=3, components=4)).mixture)
     model = model.cuda().eval()
     graphed = model.sample(10 * SAMPLE_CHUNK, seed=1)
     plain = [model.sample(SAMPLE_CHUNK, seed=1, first=k * SAMPLE_CHUNK) for k in range(10)]

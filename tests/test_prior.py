@@ -11,6 +11,7 @@ from spikegen.prior import MaskedSpec, SpikingSelfAttention
 from spikegen.spec import UserError
 from spikegen.threshold_norm import ThresholdNorm
 from spikegen.vae import ModelConfig, SpikingVAE
+from tests.inputs import fill
 
 GRID, STEPS, BATCH = (2, 3, 3), 2, 4
 BITS = STEPS * math.prod(GRID)
@@ -38,12 +39,7 @@ def build(labels=0, **values):
     with torch.no_grad():
         for p in prior.parameters():
             p.add_(torch.randn_like(p) * 0.3)
-    mixture = prior.mixture
-    mixture.weights.copy_(torch.rand_like(mixture.weights).softmax(1))
-    mixture.mean.uniform_(0.3, 0.7)
-    mixture.directions.copy_(torch.linalg.qr(torch.randn_like(mixture.directions))[0])
-    mixture.centres.normal_()
-    mixture.roots.copy_(torch.randn_like(mixture.roots).tril() * 0.1)
+    fill(prior.mixture)
     return prior.eval()
 
 
@@ -55,6 +51,10 @@ def places(prior, batch=BATCH):
     return torch.randn(batch, prior.mixture.directions.shape[1])
 
 
+def outlines(prior, batch=BATCH):
+    return prior.outlined(places(prior, batch))
+
+
 def noise(prior, batch=BATCH):
     rows, count = prior.noise_shape()
     return torch.rand(rows, batch, count)
@@ -63,14 +63,14 @@ def noise(prior, batch=BATCH):
 @torch.no_grad()
 def test_what_is_masked_is_not_seen_and_what_is_known_is():
     prior, one = build(), bits()
-    place = places(prior)
+    outline = outlines(prior)
     known = torch.rand_like(one) < 0.5
     other = torch.where(known, one, 1 - one)
-    assert torch.equal(prior.logits(one, known, place), prior.logits(other, known, place))
+    assert torch.equal(prior.logits(one, known, outline), prior.logits(other, known, outline))
     changed = torch.where(known, 1 - one, one)
-    assert not torch.equal(prior.logits(one, known, place), prior.logits(changed, known, place))
+    assert not torch.equal(prior.logits(one, known, outline), prior.logits(changed, known, outline))
     # nor is an unknown bit taken for one that is known to be 0
-    unsure, sure = (prior.logits(one * 0, k, place) for k in (known, known | True))
+    unsure, sure = (prior.logits(one * 0, k, outline) for k in (known, known | True))
     assert not torch.equal(unsure, sure)
 
 
@@ -80,7 +80,7 @@ def test_the_loss_is_the_mean_entropy_of_the_masked_bits(labels):
     prior, x = build(labels), bits()
     place = places(prior)
     masked = torch.rand_like(x) < 0.4
-    odds = prior.logits(x, ~masked, place).sigmoid()
+    odds = prior.logits(x, ~masked, prior.outlined(place)).sigmoid()
     expected = [
         -math.log(p if z else 1 - p)
         for p, z, m in zip(odds.flatten().tolist(), x.flatten().tolist(), masked.flatten().tolist(), strict=True)
@@ -116,14 +116,14 @@ def test_every_bit_is_drawn_once_with_its_own_number_given_the_ones_before(passe
     assert len(seen) == passes
     draws = uniform[1, :, :BITS].view(grid.shape)
     order = uniform[0, :, :BITS].view(grid.shape)
-    place = prior.mixture.draw(uniform[..., BITS:], None)
-    assert all(torch.equal(at, place) for _, _, at in seen)
+    outline = prior.outlined(prior.mixture.draw(uniform[..., BITS:], None))
+    assert all(torch.equal(at, outline) for _, _, at in seen)
     after = [known for _, known, _ in seen[1:]] + [torch.ones_like(seen[0][1])]
     for (z, known, _), then in zip(seen, after, strict=True):
         assert bool((then | ~known).all())  # what is known stays known
         now = then & ~known
         assert torch.equal(torch.where(known, grid, torch.zeros_like(grid)), z)
-        assert torch.equal(grid[now], (draws < original(z, known, place).sigmoid()).float()[now])
+        assert torch.equal(grid[now], (draws < original(z, known, outline).sigmoid()).float()[now])
         for b, image in itertools.product(range(BATCH), [then]):
             if 0 < image[b].sum() < BITS:
                 assert order[b][image[b]].max() <= order[b][~image[b]].min()
@@ -146,7 +146,7 @@ def test_images_do_not_see_each_other():
 def test_samples_have_the_probabilities_that_the_network_states():
     prior = build(passes=4)
     odds = torch.randn(STEPS * GRID[0], *GRID[1:])
-    prior.logits = lambda z, known, place: odds.expand_as(z)
+    prior.logits = lambda z, known, outline: odds.expand_as(z)
     n = 5000
     found = prior.sample(noise(prior, n)).unflatten(2, GRID).transpose(0, 1).flatten(1, 2)
     p = odds.sigmoid()
@@ -158,7 +158,7 @@ def test_samples_have_the_probabilities_that_the_network_states():
 def test_a_label_is_needed_and_outlines_matter():
     prior, x = build(3), bits()
     known = torch.rand_like(x) < 0.5
-    found = [prior.logits(x, known, places(prior)) for _ in range(3)]
+    found = [prior.logits(x, known, outlines(prior)) for _ in range(3)]
     assert all(not torch.equal(a, b) for a, b in itertools.combinations(found, 2))
     with pytest.raises(UserError, match="label"):
         prior.sample(noise(prior))
@@ -174,7 +174,7 @@ def test_untrained_it_draws_from_the_mixture_alone(labels):
     kind = torch.randint(len(patterns), (600,))
     codes = torch.where(torch.rand(600, *patterns.shape[1:]) < 0.05, 1 - patterns[kind], patterns[kind])
     spikes = codes.unflatten(1, (STEPS, -1)).transpose(0, 1).flatten(2).bool()
-    prior.fit_mixture(spikes, kind // 2 if labels else None)
+    prior.fit_mixture(spikes, kind // 2 if labels else None, lambda: None)
     label = torch.arange(400) % 3 if labels else None
     uniform = noise(prior, 400)
     found = prior.sample(uniform, label).unflatten(2, GRID).transpose(0, 1).flatten(1, 2)
@@ -194,10 +194,10 @@ def test_the_known_bits_currents_have_the_scale_of_their_share(known):
     mask = (torch.arange(BITS) < known).view(1, *x.shape[1:]).expand_as(x)
     seen = {}
     prior.blocks[0].register_forward_hook(lambda m, a, out: seen.update(u=a[0]))
-    place = places(prior)
-    prior.logits(x, mask, place)
+    outline = outlines(prior)
+    prior.logits(x, mask, outline)
     currents = prior.stem(torch.cat([x * mask, (1 - x) * mask], 1)) / (known / BITS + 0.02) ** 0.5
-    rates = prior.mixture.log_odds(place).sigmoid().view_as(x)
+    rates = outline.sigmoid()
     torch.testing.assert_close(seen["u"][0], currents + prior.outline(2 * rates - 1) + prior.place)
 
 
@@ -206,7 +206,8 @@ def test_the_known_bits_currents_have_the_scale_of_their_share(known):
 def test_guidance_moves_the_logits_away_from_those_without_an_outline(guidance):
     prior = build(3, passes=2, guidance=guidance, temperature=0.7)
     with_it, without = torch.randn(2, STEPS * GRID[0], *GRID[1:])
-    prior.logits = lambda z, known, at: torch.where(at.any(1).view(-1, 1, 1, 1), with_it, without)
+    blank = prior.outlined(torch.zeros(1, 3))
+    prior.logits = lambda z, known, at: without.expand_as(z) if torch.equal(at, blank.expand_as(at)) else with_it
     n = 4000
     found = prior.sample(noise(prior, n), torch.zeros(n, dtype=torch.int64)).unflatten(2, GRID)
     odds = (with_it + guidance * (with_it - without)) / 0.7
@@ -282,6 +283,12 @@ def test_heads_that_do_not_divide_are_refused():
         build(heads=3)
 
 
+def test_gaussians_beyond_memory_are_refused_and_outlines_are_far_fewer_numbers_than_bits():
+    with pytest.raises(UserError, match=r"components 64 of directions 2048 are 805,306,368 numbers .* smaller"):
+        build(3, components=64, directions=2048)
+    assert build(directions=96).mixture.directions.shape == (BITS, BITS // 8)
+
+
 # ---- in the model
 
 
@@ -325,5 +332,5 @@ def test_a_prior_needs_bits_on_a_grid():
 def test_masked_logits_of_an_untrained_prior_are_even():
     prior = MaskedSpec(channels=8, heads=2, blocks=2).build(STEPS, GRID, 0, "auto").eval()
     x = bits()
-    logits = prior.logits(x, torch.zeros_like(x, dtype=torch.bool), places(prior))
+    logits = prior.logits(x, torch.zeros_like(x, dtype=torch.bool), outlines(prior))
     assert abs(F.binary_cross_entropy_with_logits(logits, x) - math.log(2)) < 0.1

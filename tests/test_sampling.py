@@ -15,6 +15,7 @@ from spikegen.scoring import score
 from spikegen.spec import UserError
 from spikegen.threshold_norm import ThresholdNorm
 from spikegen.vae import ModelConfig, SpikingVAE
+from tests.inputs import fill
 
 
 def model(prior=True, **network):
@@ -29,10 +30,7 @@ def model(prior=True, **network):
     if prior:
         vae.add_prior(MaskedSpec(**{"channels": 8, "heads": 2, "blocks": 1, "passes": 3} | network))
         torch.nn.init.normal_(vae.prior.readout.weight)
-        mixture = vae.prior.mixture
-        mixture.mean.uniform_()
-        mixture.directions.normal_(std=0.3)
-        mixture.centres.normal_()
+        fill(vae.prior.mixture)
     for module in vae.modules():
         if isinstance(module, ThresholdNorm):  # as lively as after training
             module.running_var.fill_(0.05)

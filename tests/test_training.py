@@ -368,10 +368,10 @@ def test_the_priors_mixture_is_fitted_to_the_encoders_codes(
     seen: list[tuple[torch.Tensor, torch.Tensor | None]] = []
     real = MaskedPrior.fit_mixture
 
-    def watched(self: MaskedPrior, spikes: torch.Tensor, label: torch.Tensor | None) -> None:
+    def watched(self: MaskedPrior, spikes: torch.Tensor, label: torch.Tensor | None, advance: Any) -> None:
         seen.append((spikes, label))
         torch.manual_seed(5)
-        real(self, spikes, label)
+        real(self, spikes, label, advance)
 
     shown: list[torch.Tensor] = []
     encode = SpikingVAE.encode
@@ -396,11 +396,11 @@ def test_the_priors_mixture_is_fitted_to_the_encoders_codes(
         assert 60 < same[0].sum() < 140 if flip else same[0].all()
         assert torch.equal(label, data.labels)
     torch.manual_seed(5)
-    by_hand = mixture.OutlineMixture(10 if labels else 1, 64, bits, bits)
+    by_hand = mixture.OutlineMixture(10 if labels else 1, 64, bits // 8, bits)
     by_hand.fit(spikes.unflatten(2, (2, 2, 2)).transpose(0, 1).flatten(1), label if labels else None)
     assert by_hand.weights.gt(0).sum() > 10
     saved = weights_of(run)
-    for name, buffer in by_hand.named_buffers():
+    for name, buffer in by_hand.state_dict().items():
         assert torch.equal(saved[f"prior.mixture.{name}"], buffer)
 
 
