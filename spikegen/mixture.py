@@ -11,11 +11,15 @@ from collections.abc import Callable
 import torch
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 ITERATIONS = 8
 """From then on the likelihood of test images' outlines hardly rises (MNIST's codes, 64 components a label)."""
 
-PSEUDO_COUNT = 64.0
+CLUSTERING = 10
+"""Rounds of k-means before them."""
+
+PSEUDO_COUNT = 16.0
 """A component's covariance is that of its codes and of this many that spread as those of all components do."""
 
 CODES_PER_COMPONENT = 32
@@ -35,6 +39,9 @@ DIRECTION_CODES = 20_000
 
 BLOCK = 4096
 """Codes whose floats and likelihoods exist at once."""
+
+Gaussians = tuple[Float[Tensor, " m"], Float[Tensor, "m d"], Float[Tensor, "m d d"]]
+"""Weights, centres, and roots of covariances."""
 
 
 class OutlineMixture(nn.Module):
@@ -135,27 +142,40 @@ def _lower(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return row, column
 
 
-def _fitted(
-    places: Float[Tensor, "N d"], components: int, advance: Callable[[], object] = lambda: None
-) -> tuple[Float[Tensor, " m"], Float[Tensor, "m d"], Float[Tensor, "m d d"]]:
-    """Weights, centres and roots; at first every component spreads as all places do, about one of them."""
-    count, size = places.shape
-    least = LEAST_VARIANCE * torch.eye(size, dtype=places.dtype, device=places.device)
-    weights = places.new_full((components,), 1 / components)
-    centres = places[torch.randperm(count)[:components].to(places.device)]
-    apart = places - places.mean(0)
-    roots = torch.linalg.cholesky(apart.T @ apart / count + least).expand(components, -1, -1)
-    for _ in range(ITERATIONS):
+def _fitted(places: Float[Tensor, "N d"], components: int, advance: Callable[[], object] = lambda: None) -> Gaussians:
+    """By expectation maximisation; the first owners are those of k-means."""
+    advance()
+    found = _maximised(places, F.one_hot(_clusters(places, components), components).to(places.dtype))
+    for _ in range(ITERATIONS - 1):
         advance()
-        owners = torch.cat([_owners(part, weights, centres, roots) for part in places.split(BLOCK)])
-        number = owners.sum(0)
-        weights = number / count
-        centres = owners.T @ places / number.clamp(min=1e-9)[:, None]
-        spreads = torch.stack([_spread(places - c, p) for c, p in zip(centres, owners.T, strict=True)])
-        pooled = spreads.sum(0) / count
-        spreads = (spreads + PSEUDO_COUNT * pooled) / (number + PSEUDO_COUNT)[:, None, None]
-        roots = torch.linalg.cholesky(spreads + least)
-    return weights, centres, roots
+        found = _maximised(places, torch.cat([_owners(part, *found) for part in places.split(BLOCK)]))
+    return found
+
+
+def _maximised(places: Float[Tensor, "N d"], owners: Float[Tensor, "N m"]) -> Gaussians:
+    """The Gaussians that the owners make likeliest, but for the shrinkage of their covariances."""
+    count, size = places.shape
+    number = owners.sum(0)
+    centres = owners.T @ places / number.clamp(min=1e-9)[:, None]
+    spreads = torch.stack([_spread(places - c, part) for c, part in zip(centres, owners.T, strict=True)])
+    pooled = spreads.sum(0) / count
+    spreads = (spreads + PSEUDO_COUNT * pooled) / (number + PSEUDO_COUNT)[:, None, None]
+    least = LEAST_VARIANCE * torch.eye(size, dtype=places.dtype, device=places.device)
+    return number / count, centres, torch.linalg.cholesky(spreads + least)
+
+
+def _clusters(places: Float[Tensor, "N d"], components: int) -> Int64[Tensor, " N"]:
+    """The cluster of each place by k-means from random places.
+
+    Expectation maximisation from those places alone is 5 nats an image worse on test images, and samples with it.
+    """
+    centres = places[torch.randperm(len(places))[:components].to(places.device)]
+    for _ in range(CLUSTERING):
+        nearest = torch.cat([torch.cdist(part, centres).argmin(1) for part in places.split(BLOCK)])
+        number = torch.bincount(nearest, minlength=components)[:, None]
+        total = torch.zeros_like(centres).index_add_(0, nearest, places)
+        centres = torch.where(number > 0, total / number.clamp(min=1), centres)
+    return nearest
 
 
 def _owners(places: Tensor, weights: Tensor, centres: Tensor, roots: Tensor) -> Float[Tensor, "N m"]:
