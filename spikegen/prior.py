@@ -74,12 +74,17 @@ class MaskedSpec(Spec):
         self.check_guidance("prior.network.guidance")
         if self.channels % self.heads:
             raise UserError(f"prior.network.heads {self.heads} does not divide channels {self.channels}")
-        if (numbers := max(num_labels, 1) * self.components * self.directions**2) > MIXTURE_LIMIT:
+        directions = self.outline_size(num_steps * math.prod(grid))
+        if (numbers := max(num_labels, 1) * self.components * directions**2) > MIXTURE_LIMIT:
             raise UserError(
-                f"prior.network.components {self.components} of directions {self.directions} are {numbers:,} numbers "
+                f"prior.network.components {self.components} of directions {directions} are {numbers:,} numbers "
                 f"for all labels, more than {MIXTURE_LIMIT:,}; make one of the two smaller"
             )
         return MaskedPrior(self, num_steps, grid, num_labels, engine)
+
+    def outline_size(self, bits: int) -> int:
+        """How many numbers the outline of a code of so many bits is."""
+        return max(1, min(self.directions, bits // BITS_PER_DIRECTION))
 
     def check_guidance(self, key: str) -> None:
         """UserError, which names `key`, where the network cannot tell what an outline does."""
@@ -136,8 +141,7 @@ class MaskedPrior(nn.Module):
         self.place = nn.Parameter(torch.zeros(spec.channels, height, width))
         self.num_labels = num_labels
         count = bits * height * width
-        directions = max(1, min(spec.directions, count // BITS_PER_DIRECTION))
-        self.mixture = OutlineMixture(max(num_labels, 1), spec.components, directions, count)
+        self.mixture = OutlineMixture(max(num_labels, 1), spec.components, spec.outline_size(count), count)
         self.outline = nn.Conv2d(bits, spec.channels, 3, padding=1, bias=False)
         blocks: list[nn.Module] = []
         for i in range(1, spec.blocks + 1):

@@ -284,8 +284,11 @@ def test_heads_that_do_not_divide_are_refused():
 
 
 def test_gaussians_beyond_memory_are_refused_and_outlines_are_far_fewer_numbers_than_bits():
+    spec = MaskedSpec(components=64, directions=2048)
     with pytest.raises(UserError, match=r"components 64 of directions 2048 are 805,306,368 numbers .* smaller"):
-        build(3, components=64, directions=2048)
+        spec.build(4, (4, 32, 32), 3, "auto")
+    with torch.device("meta"):  # few bits have no outline of so many numbers
+        assert spec.build(4, (4, 31, 32), 1, "auto").mixture.directions.shape == (15_872, 15_872 // 8)
     assert build(directions=96).mixture.directions.shape == (BITS, BITS // 8)
 
 

@@ -429,14 +429,25 @@ def test_a_prior_that_was_stopped_and_resumed_is_the_uninterrupted_one(
     assert timeless[0] == timeless[1]
 
 
-def test_a_signal_in_the_last_step_of_the_first_phase_stops_before_the_second(
-    both: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("during", ["last step", "outlines"])
+def test_a_signal_between_the_first_phase_and_the_second_stops_there(
+    both: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, during: str
 ) -> None:
+    real, calls = mixture._clusters, []
+
+    def clusters(*args: Any) -> torch.Tensor:
+        calls.append(os.kill(os.getpid(), signal.SIGTERM))
+        return real(*args)
+
     config, out = tiny_config(**SPATIAL, **PRIOR), tmp_path / "run"
     with monkeypatch.context() as patch:
-        interrupt_at(patch, 13, signal.SIGTERM)  # of 13 steps
+        if during == "outlines":
+            patch.setattr(mixture, "_clusters", clusters)
+        else:
+            interrupt_at(patch, 13, signal.SIGTERM)  # of 13 steps
         with pytest.raises(loop.Interrupted, match="stopped after 208 images"):
             train(config, out, device="cpu")
+    assert len(calls) == (during == "outlines")  # of ten labels
     assert not any("prior_entropy" in row for row in Run(out).rows())
     train(config, out, resume=True, device="cpu")
     expected, found = weights_of(both), weights_of(out)
