@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -21,8 +21,10 @@ from spikegen.storage import replacing, user_mistakes
 
 
 @torch.no_grad()
-def extract(images: Batches, extractor: Extractor) -> Features:
-    """Features [N, d] and logits of all images, on the extractor's device.
+def extract(
+    images: Batches, extractor: Extractor, look: Callable[[UInt8[Tensor, "B C H W"]], object] = lambda _: None
+) -> Features:
+    """Features [N, d] and logits of all images, on the extractor's device; `look` is shown every batch too.
 
     Under a progress bar where `images` is a sequence: what generates them has its own.
     """
@@ -32,6 +34,7 @@ def extract(images: Batches, extractor: Extractor) -> Features:
     with progress_bar(total is not None) as bar:
         task = bar.add_task("features", total=total, info="")
         for batch in images:
+            look(batch)
             parts += [extractor(part.expand(-1, 3, -1, -1).to(device)) for part in batch.split(BATCH)]
             bar.advance(task, len(batch))
     features = torch.cat([part.features for part in parts])

@@ -11,15 +11,17 @@ from torch.nn import functional as F
 from spikegen.augment import augment
 from spikegen.classifier import SpikingClassifier
 from spikegen.config import ClassifierLosses, Config, LossesConfig, PriorConfig, RefinementConfig
-from spikegen.data import ImageSet, to_model
-from spikegen.extractors import CNN_SIZES, SmallCNN, load_cnn
+from spikegen.data import ImageSet, default_root, to_model, to_uint8
+from spikegen.extractors import CNN_SIZES, SmallCNN, load_cnn, load_extractor
+from spikegen.features import extract, real_statistics
 from spikegen.grading import predict
 from spikegen.loop import Parts, Phase, Session, State, average_of, leave_if_stopped
-from spikegen.metrics import accuracy, reconstruction_mse
+from spikegen.metrics import accuracy, agreement, frechet_distance, reconstruction_mse
 from spikegen.mixture import ITERATIONS
 from spikegen.objective import classifier_parts, loss_parts, perceived
 from spikegen.prior import MaskedPrior
 from spikegen.progress import progress_bar
+from spikegen.references import Reference
 from spikegen.refining import Game
 from spikegen.sampling import in_precision
 from spikegen.spec import UserError
@@ -47,7 +49,7 @@ def autoencoder_phase(session: Session, model: SpikingVAE) -> Phase:
 
     return Phase(
         0, config.training, len(session.train_set), 0, model, average, averaged, loss,
-        lambda: _evaluate(averaged, session.test_set, config),
+        lambda: _evaluate(averaged, session, config.training.precision),
     )  # fmt: skip
 
 
@@ -124,7 +126,9 @@ def prior_phase(session: Session, vae: SpikingVAE, settings: PriorConfig, seen: 
         return {"loss/prior_entropy": entropy, "prior_entropy": entropy}
 
     def evaluate() -> dict[str, float]:
-        return _evaluate_prior(vae, averaged, session.test_set, session.config)
+        return _evaluate_prior(vae, averaged, session.test_set, session.config) | _evaluate_samples(
+            vae, session, settings.precision
+        )
 
     kept = {"vae": frozen}
     return Phase(1, settings, len(session.train_set), seen, prior, average, vae, loss, evaluate, kept=lambda: kept)
@@ -156,7 +160,7 @@ def refining_phase(
 
     return Phase(
         2, settings, len(session.train_set), seen, game, average, averaged, loss,
-        lambda: _evaluate(averaged, session.test_set, session.config), kept=lambda: kept,
+        lambda: _evaluate(averaged, session, settings.precision), kept=lambda: kept,
     )  # fmt: skip
 
 
@@ -209,10 +213,11 @@ def _draw(session: Session, vae: SpikingVAE, settings: RefinementConfig, seen: i
 
 
 @torch.no_grad()
-def _evaluate(model: SpikingVAE, data: ImageSet, config: Config) -> dict[str, float]:
-    """Reconstruction and accuracy of the averaged weights on the first test images."""
+def _evaluate(model: SpikingVAE, session: Session, precision: str) -> dict[str, float]:
+    """Reconstruction and accuracy of the averaged weights on the first test images, and what its samples are like."""
     row: dict[str, float] = {}
-    count = min(config.training.evaluate, len(data))
+    data = session.test_set
+    count = min(session.config.training.evaluate, len(data))
     if not count:
         return row
     model.eval()
@@ -221,6 +226,28 @@ def _evaluate(model: SpikingVAE, data: ImageSet, config: Config) -> dict[str, fl
     if model.head is not None and data.labels is not None:
         labels = data.labels[:count]
         row["test_accuracy"] = accuracy(lambda x, k: model.classify(x.to(model.device), first=k), images, labels).value
+    return row | _evaluate_samples(model, session, precision)
+
+
+@torch.no_grad()
+def _evaluate_samples(vae: SpikingVAE, session: Session, precision: str) -> dict[str, float]:
+    """The `cnn`'s Frechet distance of as many samples as `training.evaluate`, and how many it gives their class.
+
+    Nothing where the data has no such network. Fewer samples than a score has: it compares with itself over training.
+    """
+    config, data = session.config.data, session.test_set
+    count = session.config.training.evaluate
+    if config.name not in CNN_SIZES or min(count, len(data)) < 2:
+        return {}
+    network = load_extractor("cnn", config.name, vae.device)
+    reference = Reference(config.name, "test", data.images, config, data.labels, data.classes)
+    made = in_precision(vae.eval().samples(count, seed=0), vae.device, precision)
+    seen = extract((to_uint8(images.float()) for images in made), network)
+    real = real_statistics(reference, network, default_root() / "cache")
+    row = {"sample_fid": frechet_distance(seen.features, real).value}
+    labels = vae.sample_labels(count, seed=0)
+    if labels is not None and seen.logits is not None:
+        row["sample_agreement"] = agreement(seen.logits, labels).value
     return row
 
 

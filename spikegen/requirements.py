@@ -4,7 +4,7 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 from torch import Tensor
 
 from spikegen.extractors import Extractor
@@ -13,17 +13,24 @@ from spikegen.references import Reference
 from spikegen.spec import UserError, suggest
 
 FRECHET = ("fid", "fid_floor", "fad", "fad_floor")
+COPIES = (*RECONSTRUCTION, "accuracy")
+"""Metrics of what a model makes of real images: they need no generated ones and no extractor."""
+
 METRICS = (
     *FRECHET, "is", "kid", "precision", "recall", "density", "coverage", "novelty", "agreement", "class_diversity",
-    *RECONSTRUCTION, "accuracy",
+    *COPIES,
 )  # fmt: skip
 
 ENOUGH = {
+    **dict.fromkeys(FRECHET, (5000, 5000)),
     "is": (1000, 0), "kid": (1000, 1000), "precision": (1000, 1000), "recall": (1000, 1000), "density": (1000, 1000),
     "coverage": (1000, 1000), "novelty": (100, 100), "agreement": (100, 0), "class_diversity": (100, 0),
     "mse": (0, 100), "psnr": (0, 100), "ssim": (0, 100), "accuracy": (0, 100),
 }  # fmt: skip
-"""Generated and real images below which a metric says little; the Frechet distances need more than there are features.
+"""Generated and real images below which a metric says little.
+
+5,000 is what this field's tables have; of fewer images the Frechet distances are larger, and compare at equal counts
+alone.
 """
 
 
@@ -43,9 +50,19 @@ class Source:
     settings: dict[str, Any] | None = None
 
 
-def lacking(metric: str, reference: Reference, extractor: Extractor, source: Source | None = None) -> str | None:
-    """What a metric needs and there is not."""
-    source, frechet = source or Source(), extractor.frechet_name
+def lacking(metric: str, reference: Reference, extractor: Extractor | None, source: Source | None = None) -> str | None:
+    """What a metric needs and there is not; none of COPIES needs an extractor."""
+    source = source or Source()
+    if metric in RECONSTRUCTION and source.reconstruct is None:
+        return "a model that reconstructs images of the reference's size, not a folder"
+    if metric == "ssim" and min(reference.images.shape[2:]) < SSIM_WINDOW:
+        return f"images of {SSIM_WINDOW}x{SSIM_WINDOW} or larger"
+    if metric == "accuracy" and (source.classify is None or reference.labels is None):
+        return "a model with a head and a labelled reference"
+    if metric in COPIES:
+        return None
+    assert extractor is not None
+    frechet = extractor.frechet_name
     own_split = reference.data is not None and reference.split == "test"
     classes = extractor.classes == len(reference.classes) > 0
     needs = {
@@ -59,17 +76,12 @@ def lacking(metric: str, reference: Reference, extractor: Extractor, source: Sou
         "agreement": (
             classes and source.labels is not None, "a conditional model and the cnn extractor of its classes"
         ),
-        "ssim": (min(reference.images.shape[2:]) >= SSIM_WINDOW, f"images of {SSIM_WINDOW}x{SSIM_WINDOW} or larger"),
-        "accuracy": (source.classify is not None and reference.labels is not None,
-                     "a model with a head and a labelled reference"),
     }  # fmt: skip
-    if metric in RECONSTRUCTION and source.reconstruct is None:
-        return "a model that reconstructs images of the reference's size, not a folder"
     right, says = needs.get(metric, (True, ""))
     return None if right else says
 
 
-def check_metrics(metrics: tuple[str, ...], reference: Reference, extractor: Extractor, source: Source) -> None:
+def check_metrics(metrics: tuple[str, ...], reference: Reference, extractor: Extractor | None, source: Source) -> None:
     """UserError for a metric that does not exist, or that lacks something."""
     for metric in metrics:
         if metric not in METRICS:
@@ -78,29 +90,49 @@ def check_metrics(metrics: tuple[str, ...], reference: Reference, extractor: Ext
             raise UserError(f"metrics: {metric} needs {lacks}; leave it out")
 
 
-def check_counts(count: int, real: int, dim: int, metrics: tuple[str, ...]) -> None:
-    """UserError for fewer than two images; ScoreWarning for fewer than a metric needs."""
-    if min(count, real) < 2:
-        raise UserError(f"a score needs at least 2 images; got {count} generated and {real} real")
-    few = [f"{n} {kind}" for n, kind in ((count, "generated"), (real, "real")) if n <= dim]
-    if few and set(FRECHET) & set(metrics):
+def check_counts(count: int | None, real: int, dim: int, metrics: tuple[str, ...]) -> None:
+    """UserError for fewer than two images; ScoreWarning for fewer than a metric needs. No `count`: none were needed."""
+    if real < 2 or (count is not None and count < 2):
+        generated = "" if count is None else f"{count} generated and "
+        raise UserError(f"a score needs at least 2 images; got {generated}{real} real")
+    sides = [
+        (n, place, kind) for place, (n, kind) in enumerate(((count, "generated"), (real, "real"))) if n is not None
+    ]
+    few = [f"{n} {kind}" for n, _, kind in sides if n <= dim]
+    frechet = few and set(FRECHET) & set(metrics)
+    if frechet:
         says = f"FID needs more images than the extractor's {dim} features for its covariance"
         _warn(f"{says}; got {' and '.join(few)}")
-    for place, (got, kind) in enumerate(((count, "generated"), (real, "real"))):
-        for needed in sorted({ENOUGH[m][place] for m in metrics if m in ENOUGH}):
-            short = [m for m in metrics if m in ENOUGH and got < needed == ENOUGH[m][place]]
+    for got, place, kind in sides:
+        for needed in sorted({ENOUGH[m][place] for m in metrics}):
+            short = [m for m in metrics if got < needed == ENOUGH[m][place] and not (frechet and m in FRECHET)]
             if short:
                 says = f"{', '.join(short)} {'say' if len(short) > 1 else 'says'} little below {needed} {kind} images"
                 _warn(f"{says}; got {got}")
 
 
-def check_variety(features: Float[Tensor, "N d"], real: UInt8[Tensor, "M C H W"]) -> None:
-    """ScoreWarning where the generated images, by their features, or the real ones are all the same."""
-    if bool((features == features[:1]).all()):
-        _warn(f"all {len(features)} generated images look the same to the extractor")
-    if bool((real == real[:1]).all()):
-        _warn(f"all {len(real)} real images are the same")
+class Variety:
+    """Called with every batch of images: how many there are, how many are flat, whether all are the same."""
+
+    def __init__(self) -> None:
+        self.count, self.flat, self.alike = 0, 0, True
+        self._first: Tensor | None = None
+
+    def __call__(self, images: UInt8[Tensor, "B C H W"]) -> None:
+        """Look at some more."""
+        if len(images):
+            self._first = images[:1] if self._first is None else self._first
+            self.alike = self.alike and bool((images == self._first).all())
+            self.flat += int((images == images[..., :1, :1]).flatten(1).all(1).sum())
+            self.count += len(images)
+
+    def check(self, kind: str) -> None:
+        """ScoreWarning where all of them are the same, or else some are flat."""
+        if self.count > 1 and self.alike:
+            _warn(f"all {self.count} {kind} images are the same")
+        elif self.flat:
+            _warn(f"{self.flat} of {self.count} {kind} images are flat: one colour everywhere")
 
 
 def _warn(says: str) -> None:
-    warnings.warn(says, ScoreWarning, stacklevel=4)  # at the call of score_sets
+    warnings.warn(says, ScoreWarning, stacklevel=5)  # at the call of score_sets

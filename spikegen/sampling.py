@@ -62,6 +62,7 @@ def generate(
     """Samples 0 .. num-1 of a seed as uint8, a chunk at a time, under a progress bar.
 
     UserWarning where a spatial latent has no learnt prior (yet): samples are then drawn from its own, a simple one.
+    UserError for a sample that is not a number: as uint8 it would be a black image.
     """
     sampling = sampling or Sampling()
     sampling.set(model)
@@ -71,8 +72,11 @@ def generate(
         )
     with progress_bar() as bar:
         task = bar.add_task("sampling", total=num, info="")
-        made = _recognised(model, num, seed, label, sampling.candidates)
+        made, done = _recognised(model, num, seed, label, sampling.candidates), 0
         for images in in_precision(made, model.device, sampling.precision):
+            if len(broken := (~images.isfinite()).flatten(1).any(1).nonzero()):
+                raise UserError(f"sample {done + int(broken[0])} is not a number: the model has broken weights")
+            done += len(images)
             bar.advance(task, len(images))
             yield to_uint8(images.float().cpu())
 

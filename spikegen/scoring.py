@@ -4,13 +4,15 @@ Every image is uint8 here; `metrics` and `manifold` compute the rest from the ex
 """
 
 import functools
+import time
 import warnings
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from jaxtyping import UInt8
 from torch import Tensor
 
 from spikegen.classifier import SpikingClassifier
@@ -33,9 +35,18 @@ from spikegen.metrics import (
     kernel_distance,
     reconstruction,
 )
-from spikegen.protocols import PROTOCOLS, Protocol
+from spikegen.protocols import PROTOCOLS, Protocol, check_published
 from spikegen.references import BATCH, Batches, Reference, floor_images, image_shape, load_reference, read_folder
-from spikegen.requirements import FRECHET, ScoreWarning, Source, check_counts, check_metrics, check_variety, lacking
+from spikegen.requirements import (
+    COPIES,
+    FRECHET,
+    ScoreWarning,
+    Source,
+    Variety,
+    check_counts,
+    check_metrics,
+    lacking,
+)
 from spikegen.resampling import Interval
 from spikegen.runs import open_run, pick_device
 from spikegen.sampling import Sampling, generate
@@ -109,9 +120,11 @@ def score(
         raise UserError(f"{source} names no data: give --reference, a data set's name or a folder")
     choice, data = (config.scoring, config.data) if config else (ScoringConfig(), None)
     real = load_reference(reference or (data.name if data else ""), model.image_shape, data)
-    network = _load_network(extractor or choice.extractor, real, device, fixed)
-    other_shape = image_shape(real.images) != tuple(model.image_shape)
     chosen = metrics or (fixed.metrics if fixed else choice.metrics)
+    network = None  # it may have to be downloaded
+    if metrics is None or not set(metrics) <= set(COPIES) or fixed or extractor:
+        network = _load_network(extractor or choice.extractor, real, device, fixed)
+    other_shape = image_shape(real.images) != tuple(model.image_shape)
     count = num or (fixed.num if fixed else choice.num)
     offered = Source(
         reconstruct=None if other_shape else lambda x, first: model.reconstruct(x.to(model.device), choice.seed, first),
@@ -122,16 +135,37 @@ def score(
             "model_sha256": weights_hash(model.state_dict()),
             "num_steps": model.config.num_steps,
             "sampling": sampling.settings(model),
-            "learnt_with_extractor": network.name == "cnn" and config is not None and _perceptual(config),
+            "learnt_with_extractor": network is not None
+            and network.name == "cnn"
+            and config is not None
+            and _perceptual(config),
         },
     )
     if metrics is None:
         chosen = tuple(m for m in chosen if not lacking(m, real, network, offered))
-    images = generate(model, count, choice.seed, sampling=sampling)
-    return score_sets(
+    images = _Timed(generate(model, count, choice.seed, sampling=sampling))
+    found = score_sets(
         images, real, network, chosen, seed=choice.seed, cache=_cache_folder(), source=offered, protocol=fixed,
         statistics=statistics,
     )  # fmt: skip
+    speed = {"images_per_second": count / images.seconds, "device": device} if images.seconds else {}
+    return replace(found, settings=found.settings | speed)
+
+
+class _Timed:
+    """Batches, and how many seconds it took to make them."""
+
+    def __init__(self, batches: Iterator[UInt8[Tensor, "B C H W"]]):
+        self.batches, self.seconds = batches, 0.0
+
+    def __iter__(self) -> Iterator[UInt8[Tensor, "B C H W"]]:
+        while True:
+            start = time.perf_counter()
+            batch = next(self.batches, None)
+            self.seconds += time.perf_counter() - start
+            if batch is None:
+                return
+            yield batch
 
 
 def _perceptual(config: Config) -> bool:
@@ -219,7 +253,7 @@ def _cache_folder() -> Path:
 def score_sets(
     generated: Batches,
     reference: Reference,
-    extractor: Extractor,
+    extractor: Extractor | None,
     metrics: tuple[str, ...],
     *,
     seed: int = 0,
@@ -231,27 +265,47 @@ def score_sets(
     """Score uint8 batches of generated images; `source` is what else their model offers.
 
     `cache` is a folder for the real images' statistics, `statistics` a file that takes their place. UserError for
-    an unknown metric, one that lacks its input, or fewer than two images. ScoreWarning where a metric has fewer
-    images than it needs, generated or real, or all of either are the same.
+    an unknown metric, one that lacks its input, fewer than two images, or a published file used for another data set.
+    Without an `extractor`, COPIES alone; `generated` is looked at only for the others. ScoreWarning where a metric has
+    fewer images than it needs, generated or real, where all of either are the same or some flat, and where a protocol's
+    files are not its authors'.
     """
     source = source or Source()
     if not metrics:
-        raise UserError(f"metrics: none of those that were to be computed can be had with {extractor.name} here")
+        with_it = f" with {extractor.name}" if extractor else ""
+        raise UserError(f"metrics: none of those that were to be computed can be had{with_it} here")
     check_metrics(metrics, reference, extractor, source)
     if statistics is not None and not set(metrics) & set(FRECHET):
         raise UserError(f"--statistics serves only {', '.join(FRECHET)}; leave it out")
-    real, labels = reference.images, reference.labels
-    held = published_statistics(Path(statistics), extractor.dim, len(real)) if statistics else None
-    seen = extract(generated, extractor)
-    count = len(seen.features)
-    check_counts(count, len(real), extractor.dim, metrics)
-    check_variety(seen.features, real)
-    truth = functools.cache(lambda: extract(real.split(BATCH), extractor).features)
-    whole = bool(set(metrics) & {"kid", "precision", "recall", "density", "coverage", "novelty"})
-    copies: dict[str, Interval] = {}
+    settings = _settings(reference, source.batch_size, seed) | (source.settings or {})
+    settings["protocol"] = protocol.name if protocol else "spikegen"
+    real = Variety()
+    real(reference.images)
+    real.check("real")
+    compute = _of_copies(reference, source, metrics, seed)
+    if set(metrics) <= set(COPIES):
+        check_counts(None, len(reference.images), 0, metrics)
+    else:
+        assert extractor is not None  # or check_metrics would not have passed
+        held = None
+        if statistics is not None:
+            settings["statistics_sha256"] = file_hash(Path(statistics))
+            held = published_statistics(Path(statistics), extractor.dim, len(reference.images))
+        other = check_published(
+            protocol, reference.data_name, extractor.weights_sha256, settings.get("statistics_sha256")
+        )
+        if other:
+            warnings.warn(f"{other}; the score does not compare with published ones", ScoreWarning, stacklevel=2)
+        compute |= _of_images(generated, reference, extractor, metrics, seed, cache, source.labels, held, settings)
+    return Score({metric: _named(metric, compute[metric]) for metric in metrics}, settings)
 
-    def real_side() -> Statistics:
-        return held or real_statistics(reference, extractor, cache, truth if whole else None)
+
+Compute = dict[str, Callable[[], Interval]]
+
+
+def _of_copies(reference: Reference, source: Source, metrics: tuple[str, ...], seed: int) -> Compute:
+    """COPIES, as far as the source offers what they need."""
+    real, labels, copies = reference.images, reference.labels, dict[str, Interval]()
 
     def copied(metric: str) -> Interval:
         if not copies:
@@ -260,31 +314,65 @@ def score_sets(
             copies.update(reconstruction(source.reconstruct, real, source.batch_size, wanted, seed))
         return copies[metric]
 
-    compute: dict[str, Callable[[], Interval]] = {
+    compute: Compute = {m: functools.partial(copied, m) for m in RECONSTRUCTION}
+    if source.classify is not None and labels is not None:
+        classify = source.classify
+        compute["accuracy"] = lambda: accuracy(classify, real, labels, source.batch_size, seed)
+    return compute
+
+
+def _of_images(
+    generated: Batches,
+    reference: Reference,
+    extractor: Extractor,
+    metrics: tuple[str, ...],
+    seed: int,
+    cache: Path | None,
+    asked: Tensor | None,
+    held: Statistics | None,
+    settings: dict[str, Any],
+) -> Compute:
+    """All but COPIES, after generated images are seen; `asked` are their labels, `held` the real side's statistics.
+
+    Adds to `settings` what they are made with.
+    """
+    shown = Variety()
+    seen = extract(generated, extractor, shown)
+    count = len(seen.features)
+    check_counts(count, len(reference.images), extractor.dim, metrics)
+    shown.check("generated")
+    settings |= {"extractor": extractor.settings(), "num_generated": count, "is_splits": inception_splits(count)}
+    truth = functools.cache(lambda: extract(reference.images.split(BATCH), extractor).features)
+    whole = bool(set(metrics) & {"kid", "precision", "recall", "density", "coverage", "novelty"})
+
+    def real_side() -> Statistics:
+        return held or real_statistics(reference, extractor, cache, truth if whole else None)
+
+    def floor() -> Interval:
+        features = _floor(reference, count, seed, extractor).features
+        settings["num_floor"] = len(features)
+        return frechet_distance(features, real_side(), seed)
+
+    def found_novelty() -> Interval:
+        features = _train_features(reference, extractor)
+        settings["num_train"] = len(features)
+        return novelty(seen.features, truth(), features, seed)
+
+    compute: Compute = {
         "fid": lambda: frechet_distance(seen.features, real_side(), seed),
-        "fid_floor": lambda: frechet_distance(_floor(reference, count, seed, extractor).features, real_side(), seed),
+        "fid_floor": floor,
         "is": lambda: inception_score(_logits(seen), seed),
         "kid": lambda: kernel_distance(seen.features, truth(), seed),
         "precision": lambda: precision(seen.features, truth(), seed),
         "recall": lambda: recall(seen.features, truth(), seed),
         "density": lambda: density(seen.features, truth(), seed),
         "coverage": lambda: coverage(seen.features, truth(), seed),
-        "novelty": lambda: novelty(seen.features, truth(), _train_features(reference, extractor), seed),
+        "novelty": found_novelty,
         "class_diversity": lambda: class_diversity(_logits(seen), seed),
-        **{m: functools.partial(copied, m) for m in RECONSTRUCTION},
     }
-    compute |= {"fad": compute["fid"], "fad_floor": compute["fid_floor"]}
-    if source.labels is not None:
-        asked = source.labels
+    if asked is not None:
         compute["agreement"] = lambda: agreement(_logits(seen), asked, seed)
-    if source.classify is not None and labels is not None:
-        classify = source.classify
-        compute["accuracy"] = lambda: accuracy(classify, real, labels, source.batch_size, seed)
-    settings = _settings(reference, extractor, count, seed) | {"batch_size": source.batch_size}
-    settings |= {"protocol": protocol.name if protocol else "spikegen"} | (source.settings or {})
-    if statistics is not None:
-        settings["statistics_sha256"] = file_hash(Path(statistics))
-    return Score({metric: _named(metric, compute[metric]) for metric in metrics}, settings)
+    return compute | {"fad": compute["fid"], "fad_floor": compute["fid_floor"]}
 
 
 def _named(metric: str, compute: Callable[[], Interval]) -> Interval:
@@ -313,16 +401,14 @@ def _logits(seen: Features) -> Tensor:
     return seen.logits
 
 
-def _settings(reference: Reference, extractor: Extractor, count: int, seed: int) -> dict[str, Any]:
+def _settings(reference: Reference, batch_size: int, seed: int) -> dict[str, Any]:
     return {
-        "extractor": extractor.settings(),
         "reference": reference.name,
         "split": reference.split,
         "num_real": len(reference.images),
-        "num_generated": count,
         "image_size": list(reference.images.shape[2:]),
         "channels": reference.images.shape[1],
-        "is_splits": inception_splits(count),
+        "batch_size": batch_size,
         "seed": seed,
         "versions": _versions(),
     }

@@ -1,4 +1,4 @@
-"""Image files to read, what must be said of bad ones, and outlines as if fitted."""
+"""Image files to read, what must be said of bad ones, weights as published, and outlines as if fitted."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +30,25 @@ def mistake(run: Callable[[], object], *parts: str) -> None:
     line = str(caught.value)
     assert "\n" not in line
     assert all(part in line for part in parts), line
+
+
+def autoencoder_state(
+    channels: int = 1, size: int = 32, widths: tuple[int, ...] = (4, 8), dim: int = 6
+) -> dict[str, torch.Tensor]:
+    """FSVAE's autoencoder: weights of the right names and shapes, decoder included, which is not read."""
+    torch.manual_seed(0)
+    state: dict[str, torch.Tensor] = {}
+    inputs = channels
+    for i, width in enumerate(widths):
+        conv, norm = torch.nn.Conv2d(inputs, width, 3), torch.nn.BatchNorm2d(width)
+        norm.running_mean.uniform_(-1, 1)
+        norm.running_var.uniform_(0.5, 2)
+        state |= {f"encoder.{i}.0.{k}": v for k, v in conv.state_dict().items()}
+        state |= {f"encoder.{i}.1.{k}": v for k, v in norm.state_dict().items()}
+        inputs = width
+    flat = widths[-1] * (size // 2 ** len(widths)) ** 2
+    state |= {f"latent_layer.{k}": v for k, v in torch.nn.Linear(flat, dim).state_dict().items()}
+    return state | {"decoder_input.weight": torch.zeros(flat, dim)}
 
 
 def fill(mixture: OutlineMixture) -> OutlineMixture:

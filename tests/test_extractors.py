@@ -8,15 +8,16 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import nn
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from spikegen import extractors
 from spikegen.data import DataSpec
 from spikegen.extractors import CNN_SIZES, default_extractor, load_cnn, load_extractor
+from spikegen.protocols import PROTOCOLS
 from spikegen.references import Reference
 from spikegen.scoring import score_sets
 from spikegen.spec import UserError
+from tests.inputs import autoencoder_state
 
 AT_LEAST = {"digits": 0.98, "mnist": 0.99, "fashion_mnist": 0.91}
 ASSETS = Path(extractors.__file__).parent / "assets"
@@ -192,22 +193,6 @@ def test_a_set_without_a_classifier_is_told_which_have_one():
 # ---- autoencoder -------------------------------------------------------------------------------------------
 
 
-def autoencoder_state(channels=1, size=32, widths=(4, 8), dim=6):
-    """Weights of the right names and shapes, decoder included, which is not read."""
-    torch.manual_seed(0)
-    state, inputs = {}, channels
-    for i, width in enumerate(widths):
-        conv, norm = nn.Conv2d(inputs, width, 3), nn.BatchNorm2d(width)
-        norm.running_mean.uniform_(-1, 1)
-        norm.running_var.uniform_(0.5, 2)
-        state |= {f"encoder.{i}.0.{k}": v for k, v in conv.state_dict().items()}
-        state |= {f"encoder.{i}.1.{k}": v for k, v in norm.state_dict().items()}
-        inputs = width
-    flat = widths[-1] * (size // 2 ** len(widths)) ** 2
-    state |= {f"latent_layer.{k}": v for k, v in nn.Linear(flat, dim).state_dict().items()}
-    return state | {"decoder_input.weight": torch.zeros(flat, dim)}
-
-
 @pytest.mark.parametrize(("channels", "size", "widths"), [(1, 32, (4, 8)), (3, 16, (3, 5, 6))])
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_the_autoencoders_features_are_its_layers(tmp_path, channels, size, widths, suffix):
@@ -256,10 +241,15 @@ def test_the_test_splits_distance_to_its_published_statistics(real_data, name, s
     data = DataSpec(name=name, root=real_data, image_size=32)
     images = data.load("test").images
     network = load_extractor(f"autoencoder:{weights}", name, "cpu")
-    found = score_sets(
-        images.split(100), Reference(name, "test", images, data), network, ("fad",), statistics=statistics
-    )
+    reference, protocol = Reference(name, "test", images, data), PROTOCOLS["fsvae"]
+    found = score_sets(images.split(100), reference, network, ("fad",), protocol=protocol, statistics=statistics)
     assert found.metrics["fad"].value == pytest.approx(expected, abs=0.2)
+    other = "fashion_mnist" if name == "mnist" else "mnist"
+    with pytest.raises(UserError, match=f"this file is of {name}'s test split"):
+        score_sets(
+            images[:99].split(9), Reference(other, "test", images, DataSpec(name=other)), network, ("fad",),
+            statistics=statistics,
+        )  # fmt: skip
 
 
 def test_the_maps_of_the_cnn_are_what_its_features_are_made_of():

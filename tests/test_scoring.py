@@ -17,11 +17,16 @@ from spikegen.data import DataSpec
 from spikegen.extractors import Extractor, Features, load_extractor
 from spikegen.features import extract
 from spikegen.images import to_uint8
+from spikegen.protocols import PROTOCOLS, check_published
 from spikegen.references import Reference, load_reference, read_folder
+from spikegen.sampling import generate
 from spikegen.scoring import ScoreWarning, Source, score, score_sets
 from spikegen.spec import UserError
 from spikegen.training import build_model
+from tests.inputs import autoencoder_state
 from tests.tiny import tiny_config
+
+pytestmark = pytest.mark.filterwarnings("ignore:.* says? little:spikegen.scoring.ScoreWarning")
 
 
 class Pixels(Extractor):
@@ -60,7 +65,6 @@ def save(images: torch.Tensor, folder) -> None:
 # ---- the whole score -----------------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore:.* says? little:spikegen.scoring.ScoreWarning")
 def test_a_score_repeats_exactly_and_is_json():
     images, real = noise(60), noise(70, 1)
     metrics = ("fid", "is", "kid", "mse")
@@ -143,11 +147,17 @@ def test_grey_becomes_three_equal_channels():
 
 
 def test_few_images_for_the_features_are_warned_of_and_only_for_fid():
-    with pytest.warns(ScoreWarning, match="16 features for its covariance; got 16 generated and 10 real"):
+    with pytest.warns(ScoreWarning, match="16 features for its covariance; got 16 generated and 10 real") as caught:
         quick(noise(16), noise(10, 1))
+    assert len(caught) == 1  # that they are below 5,000 goes without saying
+    with pytest.warns(ScoreWarning) as caught:
+        quick(noise(17), noise(17, 1))
+    assert [str(w.message) for w in caught] == [
+        f"fid says little below 5000 {kind} images; got 17" for kind in ("generated", "real")
+    ]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        quick(noise(17), noise(17, 1))
+        quick(noise(5000), noise(5000, 1))
         quick(noise(10), noise(100, 1), ("mse",), source=Source(reconstruct=lambda x, _first: x * 0.5))
 
 
@@ -296,7 +306,6 @@ def test_two_folders_must_agree(tmp_path):
         load_reference(str(tmp_path), (3, 8, 8))
 
 
-@pytest.mark.filterwarnings("ignore:.* says? little:spikegen.scoring.ScoreWarning")
 def test_a_folder_is_scored_against_a_data_set(tmp_path):
     save(load_reference("digits:train", (1, 16, 16)).images[:200], tmp_path / "images")
     found = score(str(tmp_path / "images"), "digits")
@@ -398,19 +407,141 @@ def test_a_protocol_is_kept_or_refused(tmp_path, choices, says):
         score(tmp_path, **{"reference": "digits", **choices})
 
 
-def test_images_all_alike_are_named():
-    with pytest.warns(ScoreWarning, match="all 40 generated images look the same"):
-        quick(noise(1).expand(40, -1, -1, -1), noise(50, 1))
+@pytest.mark.parametrize("kind", ["generated", "real"])
+def test_images_all_alike_or_flat_are_named(kind):
+    """By their pixels: features of the same image differ from batch to batch."""
 
+    def scored(odd):
+        images = {"generated": noise(64), "real": noise(64, 1), kind: odd}
+        return quick(images["generated"], images["real"])
 
-def test_real_images_all_alike_are_named():
-    with pytest.warns(ScoreWarning, match="all 50 real images are the same"):
-        quick(noise(40), noise(1).expand(50, -1, -1, -1))
+    with pytest.warns(ScoreWarning, match=f"all 64 {kind} images are the same"):
+        scored(noise(1, 2).expand(64, -1, -1, -1))
+    with pytest.warns(ScoreWarning, match=f"all 64 {kind} images are the same"):
+        scored(torch.zeros(64, 1, 8, 8, dtype=torch.uint8))
+    flat = noise(64, 2)
+    flat[3], flat[62], flat[63] = 255, 0, 7
+    with pytest.warns(ScoreWarning, match=f"3 of 64 {kind} images are flat"):
+        scored(flat)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        real = noise(1).repeat(50, 1, 1, 1)
-        real[49, 0, 0, 0] ^= 1
-        quick(noise(40), real)
+        warnings.filterwarnings("ignore", message=".* says? little")
+        other = noise(1, 2).repeat(64, 1, 1, 1)
+        other[63, 0, 0, 0] ^= 1
+        scored(other)
+
+
+@pytest.mark.parametrize("network", ["cnn", "autoencoder"])
+def test_one_image_many_times_is_named_in_batches_of_any_size(network, tmp_path):
+    image = load_reference("digits", (1, 32, 32)).images[:1].expand(130, -1, -1, -1)
+    name = network
+    if network == "autoencoder":
+        torch.save(autoencoder_state(), tmp_path / "ae.pth")
+        name = f"autoencoder:{tmp_path / 'ae.pth'}"
+    extractor = load_extractor(name, "digits", "cpu")
+    real = Reference("real", None, noise(200, 1).repeat(1, 1, 4, 4))
+    metric = extractor.frechet_name
+    with pytest.warns(ScoreWarning) as caught:
+        score_sets([image[:64], image[:1], image[:65]], real, extractor, (metric,))
+    assert "all 130 generated images are the same" in [str(w.message) for w in caught]
+
+
+def test_a_sample_that_is_no_number_is_named(monkeypatch):
+    torch.manual_seed(0)
+    model = build_model(tiny_config(), tuple("0123456789")).eval()
+    made = model.samples
+
+    def broken(*args, **kwargs):
+        for k, images in enumerate(made(*args, **kwargs)):
+            if k == 1:
+                images[6, 0, 3, 3] = math.nan
+            yield images
+
+    monkeypatch.setattr(model, "samples", broken)
+    monkeypatch.setattr(scoring, "open_run", lambda *_: (model, tiny_config()))
+    with pytest.raises(UserError, match="sample 70 is not a number: the model has broken weights"):
+        score("run", num=90, metrics=("is",))
+    with pytest.raises(UserError, match="sample 70 is not a number"):
+        list(generate(model, 90))
+
+
+# ---- what needs no images made, or no extractor -----------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:all 1000 generated images are the same:spikegen.scoring.ScoreWarning")
+def test_copies_and_accuracy_need_neither_samples_nor_an_extractor(monkeypatch):
+    torch.manual_seed(0)
+    config = tiny_config()
+    model = build_model(config, tuple("0123456789")).eval()
+    monkeypatch.setattr(scoring, "open_run", lambda *_: (model, config))
+    names = ("mse", "psnr", "accuracy")
+    whole = score("run", num=1000, metrics=(*names, "is"))
+    assert whole.settings["num_generated"] == 1000
+    assert whole.settings["images_per_second"] > 0
+
+    def never(*_):
+        raise AssertionError
+
+    monkeypatch.setattr(scoring, "load_extractor", never)
+    monkeypatch.setattr(model, "samples", never)
+    found = score("run", metrics=names)
+    assert found.metrics == {name: whole.metrics[name] for name in names}
+    assert not {"extractor", "num_generated", "images_per_second"} & set(found.settings)
+    assert found.settings["num_real"] == whole.settings["num_real"]
+
+
+@pytest.mark.filterwarnings("ignore::spikegen.scoring.ScoreWarning")
+def test_a_score_says_how_many_training_images_it_saw():
+    data = DataSpec(name="digits", image_size=16)
+    test = data.load("test")
+    real = Reference("digits", "test", test.images, data, test.labels, test.classes)
+    network = load_extractor("cnn", "digits", "cpu")
+    found = score_sets(data.load("train").images[:120].split(50), real, network, ("fid_floor", "novelty")).settings
+    assert (found["num_generated"], found["num_floor"], found["num_train"]) == (120, 120, 1437)
+    assert not {"num_floor", "num_train"} & set(quick(noise(20), noise(20, 1), ("is",)).settings)
+
+
+# ---- a protocol's own files -------------------------------------------------------------------------------
+
+
+W, S = "weights", "statistics"
+
+
+@pytest.mark.parametrize(
+    ("data", "weights", "statistics", "says"),
+    [
+        ("mnist", ("mnist", W), ("fashion_mnist", S), "this file is of fashion_mnist's test split .* leave it out"),
+        ("mnist", ("fashion_mnist", W), ("mnist", S), "this file is of mnist's test split by the weights that fsvae's"),
+        ("mnist", "mine", ("mnist", S), "this file is of mnist's"),
+        ("cifar10", ("mnist", W), ("mnist", S), "score mnist with those weights, or leave it out"),
+        ("fashion_mnist", ("mnist", W), None, "these weights are those for mnist; give those for fashion_mnist"),
+    ],
+)
+def test_published_files_of_another_data_set_are_refused(data, weights, statistics, says):
+    with pytest.raises(UserError, match=says):
+        check_published(PROTOCOLS["fsvae"], data, published(weights), published(statistics))
+
+
+@pytest.mark.parametrize(
+    ("data", "weights", "statistics", "says"),
+    [
+        ("mnist", ("mnist", W), ("mnist", S), None),
+        ("fashion_mnist", ("fashion_mnist", W), ("fashion_mnist", S), None),
+        ("mnist", ("mnist", W), None, "the statistics of mnist are computed here, not its authors' own"),
+        ("mnist", ("mnist", W), "mine", "the statistics of mnist are not those that its authors publish"),
+        ("mnist", "mine", None, "weights are not those that its authors publish for mnist"),
+        ("cifar10", "mine", None, "which files its authors publish for cifar10 is not known"),
+    ],
+)
+def test_other_files_than_the_published_ones_are_named(data, weights, statistics, says):
+    found = check_published(PROTOCOLS["fsvae"], data, published(weights), published(statistics))
+    assert (found is None) == (says is None)
+    assert found is None or says in found
+    assert check_published(None, data, published(weights), published(statistics)) is None
+
+
+def published(choice):
+    return getattr(PROTOCOLS["fsvae"].published[choice[0]], choice[1]) if isinstance(choice, tuple) else choice
 
 
 COUNTS = {"generated": (60, 1100), "real": (1100, 70)}
@@ -419,8 +550,12 @@ COUNTS = {"generated": (60, 1100), "real": (1100, 70)}
 @pytest.mark.parametrize(
     ("few", "metrics", "says"),
     [
-        ("generated", ("fid", "recall", "coverage"), "recall, coverage say little below 1000 generated images; got 60"),
-        ("real", ("fid", "recall", "coverage"), "recall, coverage say little below 1000 real images; got 70"),
+        (
+            "generated",
+            ("is", "recall", "coverage"),
+            "is, recall, coverage say little below 1000 generated images; got 60",
+        ),
+        ("real", ("is", "recall", "coverage"), "recall, coverage say little below 1000 real images; got 70"),
         ("generated", ("kid",), "kid says little below 1000 generated images; got 60"),
         ("real", ("is", "kid", "density"), "kid, density say little below 1000 real images; got 70"),
         ("real", ("mse", "psnr", "accuracy"), "mse, psnr, accuracy say little below 100 real images; got 70"),
@@ -437,5 +572,5 @@ def test_metrics_of_too_few_images_are_named(few, metrics, says):
 
 
 def test_every_metric_says_how_many_images_it_needs():
-    assert set(requirements.ENOUGH) | set(requirements.FRECHET) == set(requirements.METRICS)
+    assert set(requirements.ENOUGH) == set(requirements.METRICS)
     assert all(max(needs) >= 100 for needs in requirements.ENOUGH.values())
