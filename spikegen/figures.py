@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int64, UInt8
+from jaxtyping import Float, Int64, UInt8
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
@@ -36,6 +36,9 @@ from spikegen.vae import SpikingVAE
 
 AXES = ("images_seen", "epoch")
 """Keys of metrics.jsonl that other keys are drawn over."""
+
+DPI = 110
+"""Pixels an inch."""
 
 MANY = 256
 """Held-out images that responses and firing rates are averaged over."""
@@ -120,19 +123,35 @@ def progress(samples: Path, path: Path, columns: int = 8, most: int = 16) -> boo
 
 @torch.no_grad()
 def spikes(model: SpikingVAE, images: UInt8[Tensor, "N C H W"], path: Path) -> bool:
-    """What the latent says of each image: its numbers (rows) over the time steps, spikes white."""
+    """What the latent says of each image over the time steps (columns), spikes white.
+
+    Its numbers are rows; bits on a grid are maps, a row of them for each channel. Every bit has a pixel or more.
+    """
     found = model.encode(to_model(images).to(model.device)).spikes.float().cpu()
-    figure = Figure(figsize=(1.3 * len(images), 5), layout="constrained")
-    for i, image in enumerate(images, 1):
-        above = figure.add_subplot(2, len(images), i)
-        below = figure.add_subplot(2, len(images), len(images) + i)
+    maps = [raster(found[:, i], model.latent.shape) for i in range(len(images))]
+    tall, wide = (1.2 * n / DPI for n in maps[0].shape)
+    tall, wide = min(max(2.5, tall), 400.0), max(1.2, wide)
+    figure = Figure(figsize=((wide + 0.15) * len(images), 1.8 + tall), layout="constrained")
+    grid = figure.subplots(2, len(images), squeeze=False, height_ratios=(1.2, tall))
+    for image, laid, above, below in zip(images, maps, *grid, strict=True):
         above.imshow(_shown(image), cmap="gray")
-        below.imshow(found[:, i - 1].T.numpy(), aspect="auto", cmap="gray", interpolation="nearest")
+        below.set_facecolor("tab:blue")  # between maps
+        below.imshow(laid, aspect="auto", cmap="gray", interpolation="nearest")
         _bare(above)
         _bare(below)
         below.set_xlabel("t")
     _save(figure, path)
     return True
+
+
+def raster(spikes: Float[Tensor, "T D"], shape: tuple[int, ...]) -> Float[np.ndarray, "rows columns"]:
+    """A latent's numbers as rows, its steps as columns; of `shape` (c, h, w) as c rows of T maps, NaN between them."""
+    if len(shape) == 1:
+        return spikes.T.numpy()
+    maps = np.pad(spikes.unflatten(1, shape).numpy(), ((0, 0), (0, 0), (0, 1), (0, 1)), constant_values=np.nan)
+    steps, channels, height, width = maps.shape
+    laid = maps.transpose(1, 2, 0, 3).reshape(channels * height, steps * width)
+    return laid[:-1, :-1]
 
 
 def attention(
@@ -212,4 +231,4 @@ def _bare(axes: Any) -> None:
 def _save(figure: Figure, path: Path) -> None:
     FigureCanvasAgg(figure)
     with replacing(path, flush=False) as beside:
-        figure.savefig(beside, format="png", dpi=110)
+        figure.savefig(beside, format="png", dpi=DPI)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 from spikegen.cli import main
@@ -19,6 +20,7 @@ from spikegen.gates import record_gates
 from spikegen.prior import MaskedSpec
 from spikegen.runs import Run, open_run
 from spikegen.training import build_model
+from spikegen.vae import SpikingVAE
 from tests.tiny import tiny_config
 
 INSIDE = ["responses", "means", "rates", "isometry"]
@@ -185,6 +187,35 @@ def test_an_interpolation_ends_at_its_images(run: Path, tmp_path: Path) -> None:
     for image, place in ((0, 0), (1, 4)):
         own = certain[:, image]
         assert torch.equal(z[:, place][own], rates[:, image][own])
+
+
+@pytest.mark.parametrize("latent", [{"kind": "bernoulli", "size": 700}, {"kind": "spatial", "channels": 70}], ids=str)
+@pytest.mark.parametrize("steps", [2, 9])
+def test_every_bit_of_a_latent_has_a_pixel(
+    latent: dict[str, Any], steps: int, figures_drawn: list[Figure], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model = build_model(tiny_config(model__latent=latent, model__num_steps=steps), tuple("0123456789")).eval()
+    images = load_config("digits", {"data.image_size": 8}).data.load("test").images[:3]
+    assert isinstance(model, SpikingVAE)
+    assert spikes(model, images, tmp_path / "s.png")
+    (figure,) = figures_drawn
+    FigureCanvasAgg(figure).draw()
+    found = model.encode(to_model(images)).spikes.detach()
+    for i, axes in enumerate(figure.axes[3:]):
+        drawn = np.asarray(axes.images[0].get_array())
+        height, width = drawn.shape
+        box = axes.get_window_extent()
+        assert box.height * figures.DPI / figure.dpi >= height
+        assert box.width * figures.DPI / figure.dpi >= width
+        bits = found[:, i].unflatten(1, model.latent.shape)
+        if latent["kind"] == "spatial":
+            for t in range(steps):
+                for c in range(70):
+                    place = drawn[3 * c : 3 * c + 2, 3 * t : 3 * t + 2]  # 2x2 maps with a gap between
+                    assert np.array_equal(place, bits[t, c].numpy())
+        else:
+            assert np.array_equal(drawn, bits.T.numpy())
 
 
 def test_a_training_image_is_its_own_neighbour(run: Path, tmp_path: Path) -> None:

@@ -160,6 +160,38 @@ def test_every_candidate_is_picked_equally_often(candidates):
     assert latent._pick(which[None].float(), top)[0].tolist() == [[0, 100 + candidates - 1]]
 
 
+def test_the_gradient_goes_straight_to_the_drawn_candidate_and_evenly_through_the_rate():
+    latent = build()
+    out = torch.rand(9, SIZE * K, dtype=torch.float64, requires_grad=True)
+    uniform, of_bits, of_rates = (torch.rand(9, SIZE).double() for _ in range(3))
+    bits, rate = latent._pick(out, uniform)
+    ((bits * of_bits).sum() + (rate * of_rates).sum()).backward()
+    expected = (of_rates / K).repeat_interleave(K, 1)
+    for b in range(9):
+        for d in range(SIZE):
+            expected[b, d * K + int(uniform[b, d].item() * K)] += of_bits[b, d]
+    torch.testing.assert_close(out.grad, expected)
+
+
+@torch.no_grad()
+def test_bits_of_the_prior_fire_as_often_as_it_says():
+    """Chi-squared over every step, bit and rate that the prior can have there."""
+    latent = build()
+    z = latent.sample(noise(STEPS, 4000))
+    count = (latent.predict(z).rate * K).round().long()
+    assert torch.equal(z[count == 0], torch.zeros_like(z[count == 0]))
+    assert torch.equal(z[count == K], torch.ones_like(z[count == K]))
+    squares = []
+    for t in range(STEPS):
+        for d in range(SIZE):
+            for k in range(1, K):
+                bits = z[t, count[t, :, d] == k, d]
+                if len(bits) >= 30:
+                    squares.append((bits.sum() - len(bits) * k / K) ** 2 / (len(bits) * k / K * (1 - k / K)))
+    assert len(squares) > 50
+    assert abs(sum(squares) - len(squares)) < 5 * (2 * len(squares)) ** 0.5
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_the_drawn_bits_mean_is_the_rate(training):
     latent = build().train(training)

@@ -50,6 +50,14 @@ def test_mmd_is_the_mean_squared_distance_of_potentials():
     torch.testing.assert_close(losses.mmd(*pair(q, p)), losses.mmd(*pair(p, q)))
 
 
+def test_the_papers_mmd_is_the_codes_times_steps_and_bits():
+    """What docs/config.md says of `prior_weight`: 16 steps of 128 bits make 2048."""
+    q, p = rates(16, 5, 128), rates(16, 5, 128, seed=1)
+    own = [losses.post_synaptic_potential(r) for r in (q, p)]
+    paper = sum((a - b).square().sum(-1) for a, b in zip(*own, strict=True)).mean()  # sum_t |.|^2, the batch's mean
+    torch.testing.assert_close(2048 * losses.mmd(*pair(q, p)), paper)
+
+
 @pytest.mark.parametrize("loss", [losses.mmd, losses.kl])
 def test_distances_are_zero_where_both_agree_and_only_there(loss):
     q = rates(6, 2, 3)
