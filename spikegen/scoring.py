@@ -280,7 +280,8 @@ def score_sets(
     settings = _settings(reference, source.batch_size, seed) | (source.settings or {})
     settings["protocol"] = protocol.name if protocol else "spikegen"
     real = Variety()
-    real(reference.images)
+    for part in reference.images.split(BATCH):
+        real(part)
     real.check("real")
     compute = _of_copies(reference, source, metrics, seed)
     if set(metrics) <= set(COPIES):
