@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int64, UInt8
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator
 from PIL import Image
 from torch import Tensor
 
@@ -87,10 +88,16 @@ def curves(rows: list[dict[str, Any]], path: Path) -> bool:
     figure = Figure(figsize=(4.5 * columns, 2.6 * lines), layout="constrained")
     for i, names in enumerate(sorted(panels.values(), key=lambda names: names[0] != "loss"), 1):
         axes = figure.add_subplot(lines, columns, i)
+        values: list[float] = []
         for name in names:
             seen = [(r["images_seen"], r[name]) for r in rows if name in r]
             axes.plot(*zip(*seen, strict=True), label=name, marker="." if len(seen) < 30 else "")
+            values += [value for _, value in seen]
+        if min(values) > 0 and max(values) > 20 * np.median(values):  # the first rows would flatten all later ones
+            axes.set_yscale("log")
         axes.set_xlabel("images seen")
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.legend()
     _save(figure, path)
     return True
