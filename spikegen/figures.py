@@ -41,6 +41,9 @@ AXES = ("images_seen", "epoch")
 DPI = 110
 """Pixels an inch."""
 
+MOST_PIXELS = 40_000
+"""Of a picture's side: what draws it can do 65,536."""
+
 MANY = 256
 """Held-out images that responses and firing rates are averaged over."""
 
@@ -93,7 +96,7 @@ def curves(rows: list[dict[str, Any]], path: Path) -> bool:
             seen = [(r["images_seen"], r[name]) for r in rows if name in r]
             axes.plot(*zip(*seen, strict=True), label=name, marker="." if len(seen) < 30 else "")
             values += [value for _, value in seen]
-        if min(values) > 0 and max(values) > 20 * np.median(values):  # the first rows would flatten all later ones
+        if min(values) > 0 and max(values) > 20 * np.median(values):  # or a few rows would flatten the others
             axes.set_yscale("log")
         axes.set_xlabel("images seen")
         axes.xaxis.set_major_locator(MaxNLocator(5))
@@ -132,12 +135,14 @@ def progress(samples: Path, path: Path, columns: int = 8, most: int = 16) -> boo
 def spikes(model: SpikingVAE, images: UInt8[Tensor, "N C H W"], path: Path) -> bool:
     """What the latent says of each image over the time steps (columns), spikes white.
 
-    Its numbers are rows; bits on a grid are maps, a row of them for each channel. Every bit has a pixel or more.
+    Its numbers are rows; bits on a grid are maps, a row of them for each channel. Every bit has a pixel or more, up to
+    MOST_PIXELS either way.
     """
     found = model.encode(to_model(images).to(model.device)).spikes.float().cpu()
     maps = [raster(found[:, i], model.latent.shape) for i in range(len(images))]
     tall, wide = (1.2 * n / DPI for n in maps[0].shape)
-    tall, wide = min(max(2.5, tall), 400.0), max(1.2, wide)
+    most = MOST_PIXELS / DPI
+    tall, wide = min(max(2.5, tall), most), min(max(1.2, wide), most / len(images))
     figure = Figure(figsize=((wide + 0.15) * len(images), 1.8 + tall), layout="constrained")
     grid = figure.subplots(2, len(images), squeeze=False, height_ratios=(1.2, tall))
     for image, laid, above, below in zip(images, maps, *grid, strict=True):

@@ -31,7 +31,8 @@ def _record(call: Call, first: Tensor, second: Tensor | None) -> Call:
             call(*inputs)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # In a training of several processes another thread watches their messages, with calls that recording forbids.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         output = call(*inputs)
 
     def replay(first: Tensor, second: Tensor | None) -> Tensor:

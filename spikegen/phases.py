@@ -21,7 +21,7 @@ from spikegen.mixture import ITERATIONS
 from spikegen.objective import classifier_parts, loss_parts, perceived
 from spikegen.prior import MaskedPrior
 from spikegen.progress import progress_bar
-from spikegen.references import Reference
+from spikegen.references import BATCH, Reference
 from spikegen.refining import Game
 from spikegen.sampling import in_precision
 from spikegen.spec import UserError
@@ -233,7 +233,7 @@ def _evaluate(model: SpikingVAE, session: Session, precision: str) -> dict[str, 
 def _evaluate_samples(vae: SpikingVAE, session: Session, precision: str) -> dict[str, float]:
     """The `cnn`'s Frechet distance of as many samples as `training.evaluate`, and how many it gives their class.
 
-    Nothing where the data has no such network. Fewer samples than a score has: it compares with itself over training.
+    Nothing where the data has no such network. Fewer samples than a score has: it compares with itself over a phase.
     """
     config, data = session.config.data, session.test_set
     count = session.config.training.evaluate
@@ -241,8 +241,10 @@ def _evaluate_samples(vae: SpikingVAE, session: Session, precision: str) -> dict
         return {}
     network = load_extractor("cnn", config.name, vae.device)
     reference = Reference(config.name, "test", data.images, config, data.labels, data.classes)
-    made = in_precision(vae.eval().samples(count, seed=0), vae.device, precision)
-    seen = extract((to_uint8(images.float()) for images in made), network)
+    images = torch.cat([*in_precision(vae.eval().samples(count, seed=0), vae.device, precision)]).float()
+    if not images.isfinite().all():  # as pixels they would look like images
+        return {}
+    seen = extract(to_uint8(images).split(BATCH), network)
     real = real_statistics(reference, network, default_root() / "cache")
     row = {"sample_fid": frechet_distance(seen.features, real).value}
     labels = vae.sample_labels(count, seed=0)

@@ -53,15 +53,17 @@ PROTOCOLS = {
 """By name; `fsvae` is that of FSVAE and ESVAE (arXiv 2110.00375, 2310.14839)."""
 
 
-def check_published(protocol: Protocol | None, data: str, weights: str, statistics: str | None) -> str | None:
-    """UserError where published files are used for another data set, or statistics without their own weights.
+def check_published(
+    protocol: Protocol | None, data: str, split: str | None, weights: str, statistics: str | None
+) -> str | None:
+    """UserError where published files are used for another data set or split, or statistics without their own weights.
 
     `weights` and `statistics` are SHA-256 as `Published` has them. Under a protocol, what keeps a score from being its
     authors' own kind, or None.
     """
     for other in PROTOCOLS.values():
         for name, files in other.published.items():
-            if statistics == files.statistics and (data, weights) != (name, files.weights):
+            if statistics == files.statistics and (data, split, weights) != (name, "test", files.weights):
                 raise UserError(
                     f"--statistics: this file is of {name}'s test split by the weights that {other.name}'s authors "
                     f"publish for it; score {name} with those weights, or leave it out"

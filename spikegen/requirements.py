@@ -135,4 +135,4 @@ class Variety:
 
 
 def _warn(says: str) -> None:
-    warnings.warn(says, ScoreWarning, stacklevel=5)  # at the call of score_sets
+    warnings.warn(says, ScoreWarning, stacklevel=3)

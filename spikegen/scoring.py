@@ -121,8 +121,12 @@ def score(
     choice, data = (config.scoring, config.data) if config else (ScoringConfig(), None)
     real = load_reference(reference or (data.name if data else ""), model.image_shape, data)
     chosen = metrics or (fixed.metrics if fixed else choice.metrics)
+    drawing = not set(chosen) <= set(COPIES)
+    idle = sampling.options() or ("--num" if num else "")
+    if not drawing and idle:
+        raise UserError(f"{', '.join(chosen)} need no samples, which {idle} is about: omit it")
     network = None  # it may have to be downloaded
-    if metrics is None or not set(metrics) <= set(COPIES) or fixed or extractor:
+    if drawing or fixed or extractor:
         network = _load_network(extractor or choice.extractor, real, device, fixed)
     other_shape = image_shape(real.images) != tuple(model.image_shape)
     count = num or (fixed.num if fixed else choice.num)
@@ -134,7 +138,7 @@ def score(
         settings={
             "model_sha256": weights_hash(model.state_dict()),
             "num_steps": model.config.num_steps,
-            "sampling": sampling.settings(model),
+            **({"sampling": sampling.settings(model)} if drawing else {}),
             "learnt_with_extractor": network is not None
             and network.name == "cnn"
             and config is not None
@@ -293,7 +297,11 @@ def score_sets(
             settings["statistics_sha256"] = file_hash(Path(statistics))
             held = published_statistics(Path(statistics), extractor.dim, len(reference.images))
         other = check_published(
-            protocol, reference.data_name, extractor.weights_sha256, settings.get("statistics_sha256")
+            protocol,
+            reference.data_name,
+            reference.split,
+            extractor.weights_sha256,
+            settings.get("statistics_sha256"),
         )
         if other:
             warnings.warn(f"{other}; the score does not compare with published ones", ScoreWarning, stacklevel=2)

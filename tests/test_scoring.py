@@ -19,7 +19,7 @@ from spikegen.features import extract
 from spikegen.images import to_uint8
 from spikegen.protocols import PROTOCOLS, check_published
 from spikegen.references import Reference, load_reference, read_folder
-from spikegen.sampling import generate
+from spikegen.sampling import Sampling, generate
 from spikegen.scoring import ScoreWarning, Source, score, score_sets
 from spikegen.spec import UserError
 from spikegen.training import build_model
@@ -485,8 +485,11 @@ def test_copies_and_accuracy_need_neither_samples_nor_an_extractor(monkeypatch):
     monkeypatch.setattr(scoring, "load_extractor", never)
     monkeypatch.setattr(model, "samples", never)
     found = score("run", metrics=names)
+    for option, says in ({"num": 20}, "--num"), ({"sampling": Sampling(precision="bf16")}, "--precision"):
+        with pytest.raises(UserError, match=f"mse, psnr, accuracy need no samples, which {says} is about: omit it"):
+            score("run", metrics=names, **option)
     assert found.metrics == {name: whole.metrics[name] for name in names}
-    assert not {"extractor", "num_generated", "images_per_second"} & set(found.settings)
+    assert not {"extractor", "num_generated", "images_per_second", "sampling"} & set(found.settings)
     assert found.settings["num_real"] == whole.settings["num_real"]
 
 
@@ -519,7 +522,13 @@ W, S = "weights", "statistics"
 )
 def test_published_files_of_another_data_set_are_refused(data, weights, statistics, says):
     with pytest.raises(UserError, match=says):
-        check_published(PROTOCOLS["fsvae"], data, published(weights), published(statistics))
+        check_published(PROTOCOLS["fsvae"], data, "test", published(weights), published(statistics))
+
+
+def test_published_statistics_of_the_test_split_are_refused_for_the_other():
+    files = PROTOCOLS["fsvae"].published["mnist"]
+    with pytest.raises(UserError, match="this file is of mnist's test split"):
+        check_published(None, "mnist", "train", files.weights, files.statistics)
 
 
 @pytest.mark.parametrize(
@@ -534,10 +543,10 @@ def test_published_files_of_another_data_set_are_refused(data, weights, statisti
     ],
 )
 def test_other_files_than_the_published_ones_are_named(data, weights, statistics, says):
-    found = check_published(PROTOCOLS["fsvae"], data, published(weights), published(statistics))
+    found = check_published(PROTOCOLS["fsvae"], data, "test", published(weights), published(statistics))
     assert (found is None) == (says is None)
     assert found is None or says in found
-    assert check_published(None, data, published(weights), published(statistics)) is None
+    assert check_published(None, data, "test", published(weights), published(statistics)) is None
 
 
 def published(choice):
