@@ -58,7 +58,8 @@ def frechet_distance(generated: Float[Tensor, "N d"], real: Statistics, seed: in
 
     The interval is 1.96 standard deviations over 20 resamples (with replacement) of the generated features.
     """
-    metric = FrechetInceptionDistance(_Given(generated.shape[1]))
+    # In a training of several processes one of them scores, and must not wait for the others' part.
+    metric = FrechetInceptionDistance(_Given(generated.shape[1]), sync_on_compute=False)
     metric.real_features_sum, metric.real_features_cov_sum = real.total, real.outer
     metric.real_features_num_samples = torch.tensor(real.count)
     metric.update(generated.double().cpu(), real=False)
@@ -90,7 +91,7 @@ def inception_score(logits: Float[Tensor, "N k"], seed: int = 0) -> Interval:
     """
     parts = inception_splits(len(logits))
     with _buffering():
-        metric = InceptionScore(_Given(logits.shape[1]), splits=parts)
+        metric = InceptionScore(_Given(logits.shape[1]), splits=parts, sync_on_compute=False)
     # Less than 700 under the best class is probability 0, and torchmetrics' 0 * log(0) would be NaN.
     metric.update((logits.double() - logits.double().amax(1, keepdim=True)).clamp(min=-700).cpu())
     with _seeded(seed):
@@ -125,7 +126,7 @@ def kernel_distance(generated: Float[Tensor, "N d"], real: Float[Tensor, "M d"],
     size = min(KID_SUBSET_SIZE, len(generated), len(real))
     with _buffering():
         subsets = 1 if size == len(generated) == len(real) else KID_SUBSETS  # else all would be the same
-        metric = KernelInceptionDistance(_Given(generated.shape[1]), subsets, size)
+        metric = KernelInceptionDistance(_Given(generated.shape[1]), subsets, size, sync_on_compute=False)
     metric.update(real.double(), real=True)
     metric.update(generated.double(), real=False)
     with _seeded(seed):
