@@ -167,7 +167,7 @@ def test_a_refinement_that_was_stopped_and_resumed_is_the_uninterrupted_one(
 def test_a_signal_while_samples_are_drawn_stops_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refined: Path
 ) -> None:
-    real = phases.in_precision
+    real, draw = phases.in_precision, phases._draw
 
     def in_precision(*args: Any) -> Any:
         for part in real(*args):
@@ -176,7 +176,12 @@ def test_a_signal_while_samples_are_drawn_stops_at_once(
 
     config, out = tiny_config(**SPATIAL, **PRIOR, **REFINEMENT), tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(phases, "in_precision", in_precision)
+
+        def stopped(*args: Any) -> Any:  # evaluations draw samples too, earlier
+            patch.setattr(phases, "in_precision", in_precision)
+            return draw(*args)
+
+        patch.setattr(phases, "_draw", stopped)
         with pytest.raises(loop.Interrupted, match="stopped after 336 images"):
             train(config, out, device="cpu")
     train(config, out, resume=True, device="cpu")
