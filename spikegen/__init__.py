@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from spikegen.config import Config, load_config
-    from spikegen.scoring import Score, score
+    from spikegen.scoring import score
+    from spikegen.set_scores import Score
     from spikegen.spec import UserError
     from spikegen.training import train
     from spikegen.vae import ModelConfig, SpikingVAE
@@ -20,7 +21,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Config": "config",
     "ModelConfig": "vae",
-    "Score": "scoring",
+    "Score": "set_scores",
     "SpikingVAE": "vae",
     "UserError": "spec",
     "load_config": "config",

@@ -15,7 +15,7 @@ from spikegen.data import DataSpec
 from spikegen.extractors import CNN_SIZES, default_extractor, load_cnn, load_extractor
 from spikegen.protocols import PROTOCOLS
 from spikegen.references import Reference
-from spikegen.scoring import score_sets
+from spikegen.set_scores import score_sets
 from spikegen.spec import UserError
 from tests.inputs import autoencoder_state
 

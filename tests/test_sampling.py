@@ -73,7 +73,7 @@ def test_numbers_that_cannot_be_are_one_line(bad, verb, tmp_path, monkeypatch, c
     assert bad[0].lstrip("-") in said[0]
 
 
-@pytest.mark.filterwarnings("ignore::spikegen.scoring.ScoreWarning")
+@pytest.mark.filterwarnings("ignore::spikegen.requirements.ScoreWarning")
 def test_a_score_draws_so_and_says_so(tmp_path, monkeypatch):
     monkeypatch.setenv("SPIKEGEN_DATA", str(tmp_path / "data"))
     asked = {"reference": "digits", "num": 150, "metrics": ("fid",), "extractor": "cnn", "device": "cpu"}

@@ -19,14 +19,16 @@ from spikegen.features import extract
 from spikegen.images import to_uint8
 from spikegen.protocols import PROTOCOLS, check_published
 from spikegen.references import Reference, load_reference, read_folder
+from spikegen.requirements import ScoreWarning, Source
 from spikegen.sampling import Sampling, generate
-from spikegen.scoring import ScoreWarning, Source, score, score_sets
+from spikegen.scoring import score
+from spikegen.set_scores import score_sets
 from spikegen.spec import UserError
 from spikegen.training import build_model
 from tests.inputs import autoencoder_state
 from tests.tiny import tiny_config
 
-pytestmark = pytest.mark.filterwarnings("ignore:.* says? little:spikegen.scoring.ScoreWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.* says? little:spikegen.requirements.ScoreWarning")
 
 
 class Pixels(Extractor):
@@ -82,7 +84,7 @@ def test_a_score_repeats_exactly_and_is_json():
     assert set(said["versions"]) == {"spikegen", "torch", "torchmetrics", "torchvision", "torch-fidelity"}
 
 
-@pytest.mark.filterwarnings("ignore::spikegen.scoring.ScoreWarning")
+@pytest.mark.filterwarnings("ignore::spikegen.requirements.ScoreWarning")
 @pytest.mark.parametrize(
     "metrics",
     [
@@ -117,7 +119,7 @@ def test_no_score_depends_on_the_batches(metrics):
         assert astuple(one[metric]) == pytest.approx(astuple(other[metric]), rel=1e-5, abs=1e-7), metric
 
 
-@pytest.mark.filterwarnings("ignore::spikegen.scoring.ScoreWarning")
+@pytest.mark.filterwarnings("ignore::spikegen.requirements.ScoreWarning")
 def test_a_models_copies_and_classes_do_not_depend_on_the_batches():
     torch.manual_seed(0)
     drawing = {"model__encoding": {"kind": "rate"}, "model__latent": {"kind": "spatial", "channels": 2}}
@@ -468,7 +470,7 @@ def test_a_sample_that_is_no_number_is_named(monkeypatch):
 # ---- what needs no images made, or no extractor -----------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore:all 1000 generated images are the same:spikegen.scoring.ScoreWarning")
+@pytest.mark.filterwarnings("ignore:all 1000 generated images are the same:spikegen.requirements.ScoreWarning")
 def test_copies_and_accuracy_need_neither_samples_nor_an_extractor(monkeypatch):
     torch.manual_seed(0)
     config = tiny_config()
@@ -493,7 +495,7 @@ def test_copies_and_accuracy_need_neither_samples_nor_an_extractor(monkeypatch):
     assert found.settings["num_real"] == whole.settings["num_real"]
 
 
-@pytest.mark.filterwarnings("ignore::spikegen.scoring.ScoreWarning")
+@pytest.mark.filterwarnings("ignore::spikegen.requirements.ScoreWarning")
 def test_a_score_says_how_many_training_images_it_saw():
     data = DataSpec(name="digits", image_size=16)
     test = data.load("test")

@@ -455,7 +455,7 @@ def test_a_signal_between_the_first_phase_and_the_second_stops_there(
     assert all(torch.equal(v, found[k]) for k, v in expected.items())
 
 
-@pytest.mark.filterwarnings("ignore::spikegen.scoring.ScoreWarning")
+@pytest.mark.filterwarnings("ignore::spikegen.requirements.ScoreWarning")
 def test_the_samples_of_an_evaluation_are_scored_as_a_score_does(both: Path) -> None:
     """In every phase; the last row is of the model that was saved."""
     logged = [row for row in rows(both) if "sample_fid" in row]
