@@ -16,16 +16,10 @@ from spikegen.config import Config, LossesConfig, ScoringConfig
 from spikegen.data import default_root
 from spikegen.extractors import Extractor, default_extractor, load_extractor
 from spikegen.grading import grade
-from spikegen.metrics import (
-    Network,
-)
+from spikegen.metrics import Network
 from spikegen.protocols import PROTOCOLS, Protocol
 from spikegen.references import BATCH, Reference, image_shape, load_reference, read_folder
-from spikegen.requirements import (
-    COPIES,
-    Source,
-    lacking,
-)
+from spikegen.requirements import COPIES, Source, lacking
 from spikegen.runs import open_run, pick_device
 from spikegen.sampling import Sampling, generate
 from spikegen.set_scores import Score, score_sets, versions
