@@ -1,18 +1,25 @@
 """Augmentation of a batch: each sample is moved, cut and mixed in its own way, the same at all its time steps."""
 
+from typing import Literal
+
 import torch
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
+from torchvision.transforms import v2
 
+from spikegen.images import to_model, to_uint8
 from spikegen.spec import Spec, UserError
 
 
 class AugmentSpec(Spec):
-    """What is done to a sample in training; what is 0 or false is left out.
+    """What is done to a sample in training, in this order; what is 0, false or null is left out.
 
-    `flip`: left-right, of every second sample on average. `roll`: a shift of up to so many pixels either way, down and
+    `scale`: a random part of at least this share of the area, of random aspect, is resized to the whole. `crop`: as
+    much as there was, cut at random from the sample amid so many empty pixels. `flip`: left-right, of every second
+    sample on average. `policy`: AutoAugment's (Cubuk et al., 2019) for imagenet, cifar10 or svhn; `scale` and `policy`
+    are of images, not events. `roll`: a shift of up to so many pixels either way, down and
     across, what leaves on one side coming back on the other. `rotate` and `shear`: up to so many degrees either way,
     about the centre. `cutout`: the side of a square that is emptied, anywhere inside. `mixup`: the parameter of the
     Beta distribution that says how much of itself a sample keeps in the mixture with another (Zhang et al., 2018).
@@ -21,7 +28,10 @@ class AugmentSpec(Spec):
     here a sample has all that are on.
     """
 
+    scale: float = Field(0, ge=0, le=1)
+    crop: int = Field(0, ge=0)
     flip: bool = False
+    policy: Literal["imagenet", "cifar10", "svhn"] | None = None
     roll: int = Field(0, ge=0)
     rotate: float = Field(0, ge=0, le=180)
     shear: float = Field(0, ge=0, lt=90)
@@ -39,16 +49,26 @@ def augment(
 
     A sample's draw holds for all its steps and channels. Draws come from torch's global generator, on the CPU
     whatever the device. `empty` is the value of a pixel without light or events, which what is uncovered becomes.
-    UserError: a cutout or a roll larger than the images.
+    UserError: a cutout, a crop or a roll larger than the images, or a policy for what is not grey or RGB.
     """
     height, width = images.shape[-2:]
-    for key, value in (("cutout", spec.cutout), ("roll", spec.roll)):
+    for key, value in (("cutout", spec.cutout), ("crop", spec.crop), ("roll", spec.roll)):
         if value > min(height, width):
             raise UserError(f"augment.{key} is {value}, more than the images' {height}x{width} pixels")
     count, device = len(images), images.device
     flat = images.flatten(1, -3)
+    if spec.scale:
+        part = v2.RandomResizedCrop((height, width), scale=(spec.scale, 1.0))
+        flat = torch.stack([part(image) for image in flat])
+    if spec.crop:
+        flat = shifted(flat, torch.randint(-spec.crop, spec.crop + 1, (2, count)).to(device), empty)
     if spec.flip:
         flat = torch.where(torch.rand(count).lt(0.5).to(device)[:, None, None, None], flat.flip(-1), flat)
+    if spec.policy is not None:
+        if flat.shape[1] not in (1, 3):
+            raise UserError(f"augment.policy is for grey or RGB images, not {flat.shape[1]} channels; set it to null")
+        change = v2.AutoAugment(v2.AutoAugmentPolicy(spec.policy))
+        flat = to_model(torch.stack([change(image) for image in to_uint8(flat)])).to(flat.dtype)
     if spec.roll:
         flat = rolled(flat, torch.randint(-spec.roll, spec.roll + 1, (2, count)).to(device))
     if spec.rotate or spec.shear:
@@ -58,6 +78,15 @@ def augment(
         flat = torch.where(_square(spec.cutout, count, height, width).to(device), empty, flat)
     images = flat.view_as(images)
     return mixed(images, labels, spec.mixup) if spec.mixup else (images, labels)
+
+
+def shifted(images: Float[Tensor, "B C H W"], shift: Tensor, empty: float) -> Float[Tensor, "B C H W"]:
+    """Each image moved by its own (down, across) of `shift` [2, B], in whole pixels, `empty` where it leaves room."""
+    height, width = images.shape[2:]
+    rows = torch.arange(height, device=shift.device) - shift[0, :, None]
+    columns = torch.arange(width, device=shift.device) - shift[1, :, None]
+    inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None]
+    return torch.where(inside[:, None], rolled(images, shift), empty)
 
 
 def rolled(images: Float[Tensor, "B C H W"], shift: Tensor) -> Float[Tensor, "B C H W"]:

@@ -228,8 +228,11 @@ def _check_classifier(config: Config, model: ClassifierConfig) -> None:
     if losses.kind != "tet" and (losses.tet_weight, losses.tet_mean) != (1e-3, 1.0):
         raise ValueError(f"training.losses.tet_weight and tet_mean are of tet, not {losses.kind}; leave them out")
     augment = config.training.augment
-    if augment is not None and (side := max(augment.cutout, augment.roll)) > data.image_size:
-        raise ValueError(f"training.augment has {side} pixels of cutout or roll, more than data.image_size has")
+    if augment is not None and (side := max(augment.cutout, augment.crop, augment.roll)) > data.image_size:
+        raise ValueError(f"training.augment has {side} pixels of cutout, crop or roll, more than data.image_size has")
+    if augment is not None and data.is_events and (augment.scale or augment.policy is not None):
+        raise ValueError(f"training.augment.scale and policy are of images, not the events of {data.name}; "
+                         "leave them out")  # fmt: skip
     if augment is not None and augment.flip and data.flip:
         raise ValueError("data.flip and training.augment.flip are the same; set one of them")
     if config.scoring.votes > 1 and augment is None:

@@ -61,8 +61,9 @@ class DataSpec(Spec):
     the label. `download` allows fetching what is absent.
 
     Of the event sets alone: each recording becomes `frames` time steps, which have as many events as one another
-    (`binning` count) or last as long (time), as `events.to_frames` says; event_mnist is simulated from MNIST,
-    and `event_seed` draws what differs from image to image.
+    (`binning` count) or last as long (time), as `events.to_frames` says; with `window`, so many milliseconds each, and
+    then the recording is seen as `clips` of `frames` steps, evenly over it, as `events.to_clips` says. event_mnist is
+    simulated from MNIST, and `event_seed` draws what differs from image to image.
     """
 
     name: Literal[
@@ -88,6 +89,8 @@ class DataSpec(Spec):
     attribute: str | None = None
     frames: int = Field(10, ge=1, le=256)
     binning: Binning = "count"
+    window: int | None = Field(None, ge=1, le=10**6)
+    clips: int = Field(1, ge=1, le=256)
     event_seed: int = Field(0, ge=0, lt=2**63)
     download: bool = True
 
@@ -106,9 +109,14 @@ class DataSpec(Spec):
             raise ValueError(f"channels is {self.channels}, but {self.name} has {CHANNELS[self.name]}; leave it out")
         if self.attribute is not None and self.name != "celeba":
             raise ValueError(f"attribute is for name 'celeba', not {self.name!r}; leave it out")
-        for key, names in (("frames", EVENT_SETS), ("binning", EVENT_SETS), ("event_seed", ("event_mnist",))):
+        events_only = ("frames", "binning", "window", "clips")
+        for key, names in (*((key, EVENT_SETS) for key in events_only), ("event_seed", ("event_mnist",))):
             if self.name not in names and getattr(self, key) != type(self).model_fields[key].default:
                 raise ValueError(f"{key} is for name {' or '.join(names)}, not {self.name!r}; leave it out")
+        if self.window is not None and self.binning != "time":
+            raise ValueError(f"window gives every step its time, but binning is {self.binning}; set it to time")
+        if self.clips > 1 and self.window is None:
+            raise ValueError("clips are cut where a step lasts a window; set window, in milliseconds, or clips to 1")
         return self
 
     @property
@@ -131,9 +139,10 @@ class DataSpec(Spec):
     def load(self, split: Part) -> ImageSet:
         """The split's images [N, C, image_size, image_size] in the set's own order, and their labels.
 
-        Those of event sets are [N, frames, 2, image_size, image_size]. MNIST, Fashion-MNIST, CIFAR and CelebA are split
-        officially (CelebA's validation part is unused), digits, folders and recordings of events as `digits`,
-        `scan_folder` and `recordings` say. UserError: data absent, or damaged.
+        Those of event sets are [N, frames, 2, image_size, image_size], N a recording's clips one after the other.
+        MNIST, Fashion-MNIST, CIFAR and CelebA are split officially (CelebA's validation part is unused), digits,
+        folders and recordings of events as `digits`, `scan_folder` and `recordings` say. UserError: data absent, or
+        damaged.
         """
         if split == "validation" and not self.validation:
             time = (self.frames,) if self.is_events else ()
@@ -191,14 +200,15 @@ class DataSpec(Spec):
         return ImageSet(images, torch.tensor([labels[k] for k in chosen]) if classes else None, classes)
 
     def _load_events(self, split: Part) -> ImageSet:
-        shape, cache = FrameShape(self.frames, self.binning, self.image_size), default_root() / "cache" / self.name
+        shape = FrameShape(self.frames, self.binning, self.image_size, self.window, self.clips)
+        cache = default_root() / "cache" / self.name
         if self.name == "event_mnist":
             still, labels = self._small(split)
             images = saccades.simulated(still, split, self.event_seed, shape, cache)
         else:
             choose = functools.partial(self._chosen, split)
             images, labels = recordings(self.name, self._root(), _source(split), choose, shape, self.download, cache)
-        return ImageSet(images, labels, self.class_names())
+        return ImageSet(images.flatten(0, 1), labels.repeat_interleave(self.clips), self.class_names())
 
     def _root(self) -> Path:
         return default_root() if self.root is None else self.root.expanduser()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from spikegen.decoding import in_parallel, keep, stamp
 from spikegen.downloads import fetch_recordings, not_installed
-from spikegen.events import Events, FrameShape, check_events, to_frames
+from spikegen.events import Events, FrameShape, check_events, to_clips
 from spikegen.file_sets import Files, list_files
 from spikegen.images import Split
 from spikegen.order import permutation
@@ -84,6 +84,7 @@ class Recordings:
     labels: list[str]
     sensor: tuple[int, int]  # width, height
     read: Callable[[Path], Events]
+    ticks: int = 1000  # units of time in a millisecond
 
     def label(self, path: Path) -> str:
         """What the files themselves say: the file's name in DVS128 Gesture, the folder's in the others."""
@@ -96,7 +97,7 @@ _GESTURE: dict[Split, str] = {"train": "ibmGestureTrain", "test": "ibmGestureTes
 _NMNIST: dict[Split, str] = {"train": "Train", "test": "Test"}
 SETS = {
     "dvs128_gesture": Recordings(
-        "DVSGesture", _GESTURE, ".npy", [str(k) for k in range(11)], (128, 128), _read_gesture
+        "DVSGesture", _GESTURE, ".npy", [str(k) for k in range(11)], (128, 128), _read_gesture, ticks=1
     ),
     "cifar10_dvs": Recordings("CIFAR10DVS", _NO_SPLIT, ".aedat4", CIFAR10, (128, 128), _read_aedat4),
     "n_caltech101": Recordings("NCALTECH101", _CALTECH, ".bin", CALTECH101, (240, 180), _read_atis),
@@ -113,8 +114,8 @@ def recordings(
     shape: FrameShape,
     download: bool,
     cache: Path,
-) -> tuple[UInt8[Tensor, "N T 2 H W"], Int64[Tensor, "N"]]:
-    """The split's recordings as frames, and their labels; decoded now unless the same files were before.
+) -> tuple[UInt8[Tensor, "N clips T 2 H W"], Int64[Tensor, "N"]]:
+    """The split's recordings as clips of frames, and their labels; decoded now unless the same files were before.
 
     `choose` says, of how many there are, which are wanted.
 
@@ -128,11 +129,11 @@ def recordings(
     paths, labels = [paths[k] for k in chosen], [labels[k] for k in chosen]
     key = [name, *shape, [stamp(path, root) for path in paths]]
     frames = in_parallel(lambda path: _frames(kind, path, shape), paths)
-    images = keep(cache, key, (len(paths), shape.frames, 2, shape.size, shape.size), frames)
+    images = keep(cache, key, (len(paths), shape.clips, shape.frames, 2, shape.size, shape.size), frames)
     return images, torch.tensor(labels)
 
 
-def _frames(kind: Recordings, path: Path, shape: FrameShape) -> UInt8[np.ndarray, "T 2 H W"]:
+def _frames(kind: Recordings, path: Path, shape: FrameShape) -> UInt8[np.ndarray, "clips T 2 H W"]:
     try:
         with user_mistakes("read", path):
             events = kind.read(path)
@@ -145,7 +146,7 @@ def _frames(kind: Recordings, path: Path, shape: FrameShape) -> UInt8[np.ndarray
             raise
         raise UserError(f"{path}: cut short, or no recording of {kind.tonic}; put the published file there") from None
     check_events(events, kind.sensor, path)
-    return to_frames(events, kind.sensor, shape)
+    return to_clips(events, kind.sensor, shape, kind.ticks)
 
 
 def scan(kind: Recordings, root: Path, split: Split, download: bool) -> Files:

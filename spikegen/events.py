@@ -21,11 +21,16 @@ class Events(NamedTuple):
 
 
 class FrameShape(NamedTuple):
-    """How a recording becomes frames: the steps T, what is equal from step to step, and the side in pixels."""
+    """How a recording becomes frames: the steps T, what is equal from step to step, and the side in pixels.
+
+    With a `window` of so many milliseconds a step lasts that long, and the recording is seen as `clips` of T steps.
+    """
 
     frames: int
     binning: Binning
     size: int
+    window: int | None = None
+    clips: int = 1
 
 
 def check_events(events: Events, sensor: tuple[int, int], source: Path) -> None:
@@ -55,12 +60,41 @@ def to_frames(events: Events, sensor: tuple[int, int], shape: FrameShape) -> UIn
     (width, height) is resized by moving each event to (x*size // width, y*size // height): events are added up where
     pixels merge and none is lost, but a sensor that is no square is stretched to one.
     """
-    (width, height), (steps, binning, size) = sensor, shape
-    if binning == "count":
-        step = np.arange(len(events.t)) * steps // max(len(events.t), 1)
+    if shape.binning == "count":
+        step = np.arange(len(events.t)) * shape.frames // max(len(events.t), 1)
     else:
         since = events.t - events.t[:1]
-        step = since * steps // (since[-1:] + 1)
+        step = since * shape.frames // (since[-1:] + 1)
+    return _counted(events, step, sensor, shape)
+
+
+def to_clips(
+    events: Events, sensor: tuple[int, int], shape: FrameShape, ticks: int
+) -> UInt8[np.ndarray, "clips T 2 size size"]:
+    """The recording's clips, each T steps of `window` milliseconds (MA-SNN's dt x T); `ticks`: units of t in one.
+
+    The first clip starts with the first event, the last one ends with the last event, and the others start at equal
+    distances between; what a recording is too short for stays empty. Without a window there is one clip, `to_frames`.
+    """
+    if shape.window is None:
+        return to_frames(events, sensor, shape)[None]
+    step = shape.window * ticks
+    since = events.t - events.t[:1]
+    room = max(int(since[-1]) + 1 - shape.frames * step, 0)
+    clips = []
+    for clip in range(shape.clips):
+        start = room * clip // max(shape.clips - 1, 1)
+        first, end = np.searchsorted(since, (start, start + shape.frames * step))
+        inside = Events(*(column[first:end] for column in events))
+        clips.append(_counted(inside, (since[first:end] - start) // step, sensor, shape))
+    return np.stack(clips)
+
+
+def _counted(
+    events: Events, step: Int64[np.ndarray, "E"], sensor: tuple[int, int], shape: FrameShape
+) -> UInt8[np.ndarray, "T 2 size size"]:
+    """How many events each step, polarity and pixel has, 255 at most."""
+    (width, height), (steps, _, size, *_) = sensor, shape
     row, column = events.y * size // height, events.x * size // width
     index = ((step * 2 + events.p) * size + row) * size + column
     counts = np.bincount(index, minlength=steps * 2 * size * size)

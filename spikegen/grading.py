@@ -56,6 +56,11 @@ def _logits(model: SpikingClassifier, images: Tensor, batch_size: int, seed: int
     return torch.cat([model.classify(images[i : i + batch_size], seed, first + i).float().cpu() for i in starts])
 
 
+def over_clips(logits: Float[Tensor, "M K"], clips: int) -> Float[Tensor, "N K"]:
+    """Each recording's logits: the mean over its clips, which lie one after the other; M is N times `clips`."""
+    return logits.unflatten(0, (-1, clips)).mean(1)
+
+
 def grade(
     model: SpikingClassifier, config: Config, precision: str = "fp32"
 ) -> tuple[dict[str, Interval], dict[str, Any]]:
@@ -69,21 +74,22 @@ def grade(
         logits = predict(model, test.images, batch, choice.seed, votes=choice.votes, views=config.training.augment)
     if not bool(logits.isfinite().all()):
         raise UserError("a logit is not a finite number; the model has broken weights")
-    predicted = logits.argmax(1)
-    counts = confusion(predicted, test.labels, len(model.classes))
+    predicted, labels = over_clips(logits, config.data.clips).argmax(1), test.labels[:: config.data.clips]
+    counts = confusion(predicted, labels, len(model.classes))
     settings = {
         "reference": config.data.name,
         "split": "test",
-        "num_real": len(test),
+        "num_real": len(labels),
         "seed": choice.seed,
         "votes": choice.votes,
+        "clips": config.data.clips,
         "precision": precision,
         "batch_size": batch,
         "num_steps": model.config.num_steps,
         "classes": list(model.classes),
         "confusion": counts.tolist(),
     }
-    return {"accuracy": mean_interval(predicted == test.labels, choice.seed)}, settings
+    return {"accuracy": mean_interval(predicted == labels, choice.seed)}, settings
 
 
 def confusion(

@@ -14,7 +14,7 @@ from spikegen.config import ClassifierLosses, Config, LossesConfig, PriorConfig,
 from spikegen.data import ImageSet, default_root, to_model, to_uint8
 from spikegen.extractors import CNN_SIZES, SmallCNN, load_cnn, load_extractor
 from spikegen.features import extract, real_statistics
-from spikegen.grading import predict
+from spikegen.grading import over_clips, predict
 from spikegen.loop import Parts, Phase, Session, State, average_of, leave_if_stopped
 from spikegen.metrics import accuracy, agreement, frechet_distance, reconstruction_mse
 from spikegen.mixture import ITERATIONS
@@ -73,13 +73,13 @@ def classifier_phase(session: Session, model: SpikingClassifier) -> Phase:
             return classifier_parts(output, target, spec)
 
     def evaluate() -> dict[str, float]:
-        held_out = session.test_set
-        count = min(settings.evaluate, len(held_out))
+        held_out, clips = session.test_set, session.config.data.clips
+        count = min(settings.evaluate, len(held_out) // clips) * clips
         if not count or held_out.labels is None:
             return {}
         with torch.autocast(averaged.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
             logits = predict(averaged.eval(), held_out.images[:count], settings.batch_size)
-        right = (logits.argmax(1) == held_out.labels[:count]).double().mean()
+        right = (over_clips(logits, clips).argmax(1) == held_out.labels[:count:clips]).double().mean()
         return {"validation_accuracy": right.item()}
 
     return Phase(0, settings, len(session.train_set), 0, model, average, averaged, loss, evaluate)

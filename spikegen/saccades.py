@@ -18,7 +18,7 @@ from torch import Tensor
 
 from spikegen.decoding import in_parallel, keep
 from spikegen.draws import uniform_per_image
-from spikegen.events import Events, FrameShape, to_frames
+from spikegen.events import Events, FrameShape, to_clips
 from spikegen.images import Part, resize
 
 # In the units of N-MNIST's sensor, 34 pixels wide, of which the digit takes 28; its own triangle is 7 wide and 7 high.
@@ -35,23 +35,23 @@ TEST = 2**32  # what the test images' numbers start from: theirs are other draws
 
 def simulated(
     images: UInt8[Tensor, "N 1 h w"], split: Part, seed: int, shape: FrameShape, cache: Path
-) -> UInt8[Tensor, "N T 2 H W"]:
-    """The images' events as frames, simulated now unless the same ones were before.
+) -> UInt8[Tensor, "N clips T 2 H W"]:
+    """The images' events as clips of frames, simulated now unless the same ones were before.
 
     Image k's are a function of (image, split, k, seed, shape) alone.
     """
     content = hashlib.sha256(images.numpy().tobytes()).hexdigest()
     key = [SIMULATION, content, list(images.shape), split, seed, *shape]
-    size = (len(images), shape.frames, 2, shape.size, shape.size)
+    size = (len(images), shape.clips, shape.frames, 2, shape.size, shape.size)
     return keep(cache, key, size, _frames(images, TEST if split == "test" else 0, seed, shape))
 
 
-def _frames(images: Tensor, first: int, seed: int, shape: FrameShape) -> Iterator[UInt8[np.ndarray, "T 2 H W"]]:
+def _frames(images: Tensor, first: int, seed: int, shape: FrameShape) -> Iterator[UInt8[np.ndarray, "clips T 2 H W"]]:
     pixels = resize(images, round(shape.size * DIGIT / SENSOR))[:, 0].numpy()
 
-    def frames(k: int) -> UInt8[np.ndarray, "T 2 H W"]:
+    def frames(k: int) -> UInt8[np.ndarray, "clips T 2 H W"]:
         events = saccade_events(pixels[k], shape.size, seed, first + k)
-        return to_frames(events, (shape.size, shape.size), shape)
+        return to_clips(events, (shape.size, shape.size), shape, 1000)
 
     yield from in_parallel(frames, range(len(pixels)))
 

@@ -2,12 +2,15 @@
 
 import pytest
 import torch
+from torch.nn import functional as F
+from torchvision.transforms import v2
 
 from spikegen.augment import AugmentSpec, augment, mixed, rolled, warped
+from spikegen.images import to_model, to_uint8
 from spikegen.spec import parse
 from tests.inputs import mistake
 
-ALL = AugmentSpec(flip=True, roll=3, rotate=20, shear=15, cutout=4, mixup=0.5)
+ALL = AugmentSpec(scale=0.3, crop=2, flip=True, roll=3, rotate=20, shear=15, cutout=4, mixup=0.5)
 
 
 def batch(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
@@ -30,7 +33,7 @@ def test_off_is_the_identity_and_on_keeps_shape_and_dtype(shape: tuple[int, ...]
 
 
 @pytest.mark.parametrize(
-    "spec", [ALL, *(AugmentSpec(**{k: getattr(ALL, k)}) for k in AugmentSpec.model_fields)], ids=str
+    "spec", [ALL, *(AugmentSpec(**{k: getattr(ALL, k)}) for k in AugmentSpec.model_fields if k != "policy")], ids=str
 )
 def test_all_steps_and_channels_move_alike(spec: AugmentSpec) -> None:
     images, labels = batch(8, 1, 1, 12, 12)
@@ -57,6 +60,50 @@ def test_flip_flips_some() -> None:
     changed = [not torch.equal(a, b) for a, b in zip(flipped, images, strict=True)]
     assert 10 < sum(changed) < 54
     assert all(torch.equal(f, i.flip(-1) if c else i) for f, i, c in zip(flipped, images, changed, strict=True))
+
+
+def test_crop_is_cut_from_an_empty_frame() -> None:
+    images, labels = batch(64, 2, 9, 12)
+    cut, _ = augment(AugmentSpec(crop=2), images, labels, empty=-3.0)
+    found = set()
+    for image, other in zip(images, cut, strict=True):
+        framed = F.pad(image, (2, 2, 2, 2), value=-3.0)
+        fits = [(a, b) for a in range(5) for b in range(5) if torch.equal(other, framed[:, a : a + 9, b : b + 12])]
+        assert len(fits) == 1
+        found.add(fits[0])
+    assert {a for a, _ in found} == {b for _, b in found} == set(range(5))
+
+
+@pytest.mark.parametrize("least", [0.08, 0.5, 1.0])
+def test_scale_keeps_at_least_that_share_of_the_area(least: float) -> None:
+    """Shown on ramps: what of them is left says how large the part was, and the middle where it lay."""
+    ramp = torch.arange(32.0)
+    ramps = torch.stack([ramp.expand(32, 32), ramp[:, None].expand(32, 32)]).expand(64, 2, 32, 32)
+    seen, _ = augment(AugmentSpec(scale=least), ramps, torch.eye(64))
+    across, down = seen[:, 0].mean(1), seen[:, 1].mean(2)
+    shares = (across[:, 24] - across[:, 8]) / 16 * (down[:, 24] - down[:, 8]) / 16
+    assert (shares > least * 0.8 - 0.02).all()  # sides are whole pixels
+    assert (shares < 1.01).all()
+    assert shares.std() > 0.05 or least == 1
+    assert seen.shape == ramps.shape
+    assert across[:, 16].std() > 0.5 or least == 1
+
+
+@pytest.mark.parametrize("policy", ["imagenet", "cifar10", "svhn"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_policy_is_autoaugments_on_each_image(policy: str, channels: int) -> None:
+    images = to_model(torch.randint(0, 256, (16, channels, 12, 12), dtype=torch.uint8))
+    torch.manual_seed(3)
+    changed, labels = augment(AugmentSpec(policy=policy), images, torch.eye(16))
+    torch.manual_seed(3)
+    each = v2.AutoAugment(v2.AutoAugmentPolicy(policy))
+    assert torch.equal(to_uint8(changed), torch.stack([each(image) for image in to_uint8(images)]))
+    assert torch.equal(labels, torch.eye(16))
+    assert sum(not torch.equal(a, b) for a, b in zip(images, changed, strict=True)) > 3
+    events, names = batch(4, 5, 2, 12, 12)
+    mistake(
+        lambda: augment(AugmentSpec(policy=policy), events, names), "augment.policy is for grey or RGB", "10 channels"
+    )
 
 
 def test_roll_is_torch_roll_by_at_most_that_much() -> None:
@@ -140,5 +187,7 @@ def test_mistakes() -> None:
     images, labels = batch(2, 1, 8, 10)
     mistake(lambda: augment(AugmentSpec(cutout=9), images, labels), "augment.cutout is 9", "8x10")
     mistake(lambda: augment(AugmentSpec(roll=9), images, labels), "augment.roll is 9")
+    mistake(lambda: augment(AugmentSpec(crop=9), images, labels), "augment.crop is 9")
+    mistake(lambda: parse(AugmentSpec, {"policy": "imagnet"}, "x.yaml"), "did you mean imagenet?")
     mistake(lambda: parse(AugmentSpec, {"shear": 90}, "x.yaml"), "shear")
     mistake(lambda: parse(AugmentSpec, {"rolls": 1}, "x.yaml"), "did you mean roll?")

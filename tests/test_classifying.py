@@ -227,6 +227,7 @@ def test_an_encoder_that_cannot_be_had_leaves_no_run_behind(tmp_path: Path, whol
         ({"scoring__metrics": ["fid"]}, "a classifier has none"),
         ({"training__augment": None, "scoring__votes": 2}, "needs training.augment"),
         ({"training__augment": {"cutout": 9}}, "more than data.image_size"),
+        ({"training__augment": {"crop": 9}}, "more than data.image_size"),
         ({"training__augment": {"flip": True}, "data__flip": True}, "set one of them"),
         ({"training__losses": {"kind": "smse", "smoothing": 0.1}}, "smoothing is of ce and tet"),
         ({"training__losses": {"kind": "ce", "tet_mean": 0.5}}, "are of tet, not ce"),
@@ -244,3 +245,5 @@ def test_steps_other_than_the_datas_are_refused() -> None:
         load_config("event_mnist", ["data.frames=8"])
     with pytest.raises(UserError, match="is of events, which only a classifier takes"):
         load_config("mnist", ["data.name=event_mnist"])
+    with pytest.raises(UserError, match="scale and policy are of images, not the events of event_mnist"):
+        load_config("event_mnist", ["training.augment={policy: cifar10}"])

@@ -11,10 +11,15 @@ import pytest
 import torch
 
 from spikegen import event_sets
+from spikegen.config import Config
 from spikegen.data import CLASSES, DataSpec
 from spikegen.event_sets import SETS, scan
-from spikegen.events import Events, FrameShape, to_frames
+from spikegen.events import Events, FrameShape, to_clips, to_frames
+from spikegen.grading import predict
 from spikegen.images import ImageSet
+from spikegen.runs import Run, open_run
+from spikegen.scoring import score
+from spikegen.training import train
 from tests.event_files import random_events, write_aedat4, write_atis, write_gesture
 from tests.inputs import mistake
 
@@ -65,6 +70,40 @@ def test_recordings_become_frames_with_their_labels(name: str, binning: str, tmp
             assert np.array_equal(image, to_frames(written[path], kind.sensor, FrameShape(3, binning, 8)))
         few = load(name, tmp_path, split, binning=binning, train_limit=5).images
         assert torch.equal(few, images.images[: 5 if split == "train" else None])
+
+
+@pytest.mark.parametrize("name", ["dvs128_gesture", "n_mnist"])  # in milliseconds, in microseconds
+def test_a_recordings_clips_follow_each_other(name: str, tmp_path: Path) -> None:
+    written, kind = made(name, tmp_path), SETS[name]
+    clips = load(name, tmp_path, binning="time", window=20, clips=4)
+    paths, labels = scan(kind, tmp_path, "train", download=False)
+    assert clips.labels.tolist() == [label for label in labels for _ in range(4)]
+    shape = FrameShape(3, "time", 8, window=20, clips=4)
+    for path, those in zip(paths, clips.images.split(4), strict=True):
+        assert np.array_equal(those, to_clips(written[path], kind.sensor, shape, kind.ticks))
+    short = to_clips(written[paths[0]], kind.sensor, shape, 1000)  # 60 of the 300 ms of what is in microseconds
+    assert short.sum() < (3 * 97 if name == "n_mnist" else 4 * 97)
+
+
+def test_a_recording_is_graded_by_the_mean_of_its_clips(tmp_path: Path) -> None:
+    made("n_mnist", tmp_path)
+    stages = [{"channels": 4}]
+    config = Config.model_validate(
+        {
+            "model": {"kind": "classifier", "num_steps": 3, "encoding": {"kind": "frames"}, "stages": stages},
+            "data": {"name": "n_mnist", "root": tmp_path, "image_size": 8, "frames": 3, "binning": "time",
+                     "window": 20, "clips": 4, "validation": 3, "download": False},
+            "training": {"epochs": 1, "batch_size": 8, "evaluate": 2, "tensorboard": False},
+        }
+    )  # fmt: skip
+    run = train(config, tmp_path / "run", device="cpu")
+    assert Run(run).rows()[-1]["validation_accuracy"] in (0, 0.5, 1)  # of two recordings, eight clips
+    found, test = score(run, device="cpu"), config.data.load("test")
+    model, _ = open_run(run, "cpu")
+    outputs = predict(model, test.images)
+    right = [outputs[k : k + 4].mean(0).argmax() == test.labels[k] for k in range(0, 80, 4)]
+    assert (found.settings["num_real"], found.settings["clips"]) == (20, 4)
+    assert found.metrics["accuracy"].value == pytest.approx(sum(right) / 20)
 
 
 @pytest.mark.parametrize("name", SETS)
@@ -125,7 +164,7 @@ def test_a_second_load_decodes_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     (kept,) = (tmp_path / "own" / "cache").iterdir()
     assert kept.name.startswith("n_mnist-")
     with monkeypatch.context() as patch:
-        patch.setattr(event_sets, "to_frames", None)
+        patch.setattr(event_sets, "to_clips", None)
         assert torch.equal(load("n_mnist", tmp_path).images, first.images)
     others = [load("n_mnist", tmp_path, **o) for o in ({"binning": "time"}, {"frames": 4}, {"image_size": 9})]
     assert not any(torch.equal(other.images, first.images) for other in others)

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spikegen.events import Events, FrameShape, check_events, to_frames
+from spikegen.events import Events, FrameShape, check_events, to_clips, to_frames
 from tests.event_files import random_events
 from tests.inputs import mistake
 
@@ -26,6 +26,32 @@ def by_loop(events: Events, shape: FrameShape) -> np.ndarray:
 def test_frames_equal_a_loop(frames: int, size: int, binning: str) -> None:
     shape, events = FrameShape(frames, binning, size), random_events(1003, *SENSOR)
     assert np.array_equal(to_frames(events, SENSOR, shape), by_loop(events, shape))
+
+
+@pytest.mark.parametrize(("window", "clips", "ticks"), [(3, 1, 1), (5, 4, 1), (7, 3, 1000), (40, 2, 1)])
+def test_clips_equal_a_loop(window: int, clips: int, ticks: int) -> None:
+    """Of a recording of some 300 ms: 5 steps of 3 to 7 ms are shorter than it, 5 of 40 are longer than 150."""
+    shape = FrameShape(5, "time", 12, window, clips)
+    events = random_events(2003, *SENSOR, end=300 * ticks)
+    first, span = int(events.t[0]), int(events.t[-1] - events.t[0]) + 1
+    loop = np.zeros((clips, 5, 2, 12, 12), int)
+    for clip in range(clips):
+        start = first + (0 if clips == 1 else (span - 5 * window * ticks) * clip // (clips - 1))
+        for x, y, t, p in zip(*events, strict=True):
+            step = (t - start) // (window * ticks)
+            if 0 <= step < 5:
+                loop[clip, step, p, y * 12 // SENSOR[1], x * 12 // SENSOR[0]] += 1
+    assert np.array_equal(to_clips(events, SENSOR, shape, ticks), np.minimum(loop, 255))
+
+
+def test_clips_reach_from_the_first_event_to_the_last_and_stay_empty_beyond() -> None:
+    steady = Events(*(np.zeros(100, np.int64),) * 2, np.arange(50, 150), np.zeros(100, np.int64))
+    counts = to_clips(steady, SENSOR, FrameShape(2, "time", 4, 10, 5), 1).sum(axis=(2, 3, 4))
+    assert (counts == 10).all()
+    counts = to_clips(steady, SENSOR, FrameShape(3, "time", 4, 40, 2), 1).sum(axis=(2, 3, 4))
+    assert counts.tolist() == [[40, 40, 20]] * 2  # shorter than a clip: the same one each time, its end empty
+    shape = FrameShape(3, "count", 4)
+    assert np.array_equal(to_clips(steady, SENSOR, shape, 1), to_frames(steady, SENSOR, shape)[None])
 
 
 @pytest.mark.parametrize("binning", ["count", "time"])

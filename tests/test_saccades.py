@@ -77,11 +77,14 @@ def test_images_are_theirs_whatever_the_others(tmp_path: Path) -> None:
     assert torch.equal(simulated(images, "train", 3, SHAPE, tmp_path / "y"), whole)
     for k in (0, 6):
         events = saccade_events(resize(images[k : k + 1], 13)[0, 0].numpy(), 16, 3, k)
-        assert np.array_equal(whole[k], to_frames(events, (16, 16), SHAPE))
+        assert np.array_equal(whole[k, 0], to_frames(events, (16, 16), SHAPE))
     same = simulated(images[:1].repeat(2, 1, 1, 1), "train", 3, SHAPE, tmp_path / "x")
     assert not torch.equal(same[0], same[1])  # the same image twice is not the same recording
     assert not torch.equal(simulated(images, "train", 4, SHAPE, tmp_path / "x"), whole)
     assert not torch.equal(simulated(images, "test", 3, SHAPE, tmp_path / "x"), whole)
+    clips = simulated(images, "train", 3, FrameShape(4, "time", 16, 15, 3), tmp_path / "x")
+    assert clips.shape == (len(images), 3, 4, 2, 16, 16)
+    assert (clips.flatten(2).sum(2) > 0).all()
 
 
 def test_a_second_load_simulates_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
