@@ -7,7 +7,8 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.transforms import v2
+from torchvision.ops import roi_align
+from torchvision.transforms import RandomResizedCrop, v2
 
 from spikegen.images import to_model, to_uint8
 from spikegen.spec import Spec, UserError
@@ -16,13 +17,14 @@ from spikegen.spec import Spec, UserError
 class AugmentSpec(Spec):
     """What is done to a sample in training, in this order; what is 0, false or null is left out.
 
-    `scale`: a random part of at least this share of the area, of random aspect, is resized to the whole. `crop`: as
-    much as there was, cut at random from the sample amid so many empty pixels. `flip`: left-right, of every second
-    sample on average. `policy`: AutoAugment's (Cubuk et al., 2019) for imagenet, cifar10 or svhn; `scale` and `policy`
-    are of images, not events. `roll`: a shift of up to so many pixels either way, down and
-    across, what leaves on one side coming back on the other. `rotate` and `shear`: up to so many degrees either way,
-    about the centre. `cutout`: the side of a square that is emptied, anywhere inside. `mixup`: the parameter of the
-    Beta distribution that says how much of itself a sample keeps in the mixture with another (Zhang et al., 2018).
+    `scale`: a random part of at least this share of the area, of aspect 3/4 to 4/3, is resized to the whole. `crop`:
+    as much as there was, cut at random from the sample amid so many empty pixels. `flip`: left-right, of every second
+    sample on average. `policy`: AutoAugment's (Cubuk et al., 2019) for imagenet, cifar10 or svhn; it goes through the
+    images one by one, which takes its time. (`scale` and `policy` are of images, not events.) `roll`: a shift of up to
+    so many pixels either way, down and across, what leaves on one side coming back on the other. `rotate` and `shear`:
+    up to so many degrees either way, about the centre. `cutout`: the side of a square that is emptied, anywhere inside.
+    `mixup`: the parameter of the Beta distribution that says how much of itself a sample keeps in the mixture with
+    another (Zhang et al., 2018).
 
     The moves are those of Neuromorphic Data Augmentation (Li et al., 2022), which draws one of them for each sample;
     here a sample has all that are on.
@@ -58,8 +60,8 @@ def augment(
     count, device = len(images), images.device
     flat = images.flatten(1, -3)
     if spec.scale:
-        part = v2.RandomResizedCrop((height, width), scale=(spec.scale, 1.0))
-        flat = torch.stack([part(image) for image in flat])
+        parts = [RandomResizedCrop.get_params(image, [spec.scale, 1.0], [3 / 4, 4 / 3]) for image in flat]
+        flat = resized(flat, torch.tensor(parts, dtype=flat.dtype).to(device))
     if spec.crop:
         flat = shifted(flat, torch.randint(-spec.crop, spec.crop + 1, (2, count)).to(device), empty)
     if spec.flip:
@@ -78,6 +80,13 @@ def augment(
         flat = torch.where(_square(spec.cutout, count, height, width).to(device), empty, flat)
     images = flat.view_as(images)
     return mixed(images, labels, spec.mixup) if spec.mixup else (images, labels)
+
+
+def resized(images: Float[Tensor, "B C H W"], parts: Float[Tensor, "B 4"]) -> Float[Tensor, "B C H W"]:
+    """Of each image the part (top, left, height, width, in pixels) of `parts` as the whole, bilinear."""
+    (top, left, high, wide), number = parts.T, torch.arange(len(images), device=images.device)
+    boxes = torch.stack([number.to(images.dtype), left, top, left + wide, top + high], dim=1)
+    return roi_align(images, boxes, list(images.shape[2:]), aligned=True)
 
 
 def shifted(images: Float[Tensor, "B C H W"], shift: Tensor, empty: float) -> Float[Tensor, "B C H W"]:

@@ -147,7 +147,7 @@ class DataSpec(Spec):
         if split == "validation" and not self.validation:
             time = (self.frames,) if self.is_events else ()
             nothing = torch.zeros(0, *time, self.image_channels(), self.image_size, self.image_size, dtype=torch.uint8)
-            return ImageSet(nothing, torch.zeros(0, dtype=torch.int64), self.class_names())
+            return ImageSet(nothing, torch.zeros(0, dtype=torch.int64), self.class_names(), self.clips)
         if self.name in ("celeba", "folder"):
             return self._load_files(split)
         if self.is_events:
@@ -208,7 +208,8 @@ class DataSpec(Spec):
         else:
             choose = functools.partial(self._chosen, split)
             images, labels = recordings(self.name, self._root(), _source(split), choose, shape, self.download, cache)
-        return ImageSet(images.flatten(0, 1), labels.repeat_interleave(self.clips), self.class_names())
+        labels = labels.repeat_interleave(self.clips)
+        return ImageSet(images.flatten(0, 1), labels, self.class_names(), self.clips)
 
     def _root(self) -> Path:
         return default_root() if self.root is None else self.root.expanduser()

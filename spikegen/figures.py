@@ -54,7 +54,7 @@ def draw_all(run: Run, model: SpikingVAE | SpikingClassifier, config: Config, co
     Of held-out images: the validation split's where there is one. IsometryWarning as `inside_figures` gives it.
     """
     folder = run.path / "plots"
-    data = config.data.load("validation" if config.data.validation else "test")
+    data = config.data.load("validation" if config.data.validation else "test").first_clips()
     held_out, labels = data.images, None if data.labels is None else data.labels[:count]
     images = held_out[:count]
     if not len(images):

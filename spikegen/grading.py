@@ -74,7 +74,7 @@ def grade(
         logits = predict(model, test.images, batch, choice.seed, votes=choice.votes, views=config.training.augment)
     if not bool(logits.isfinite().all()):
         raise UserError("a logit is not a finite number; the model has broken weights")
-    predicted, labels = over_clips(logits, config.data.clips).argmax(1), test.labels[:: config.data.clips]
+    predicted, labels = over_clips(logits, test.clips).argmax(1), test.labels[:: test.clips]
     counts = confusion(predicted, labels, len(model.classes))
     settings = {
         "reference": config.data.name,
@@ -82,7 +82,7 @@ def grade(
         "num_real": len(labels),
         "seed": choice.seed,
         "votes": choice.votes,
-        "clips": config.data.clips,
+        "clips": test.clips,
         "precision": precision,
         "batch_size": batch,
         "num_steps": model.config.num_steps,

@@ -18,15 +18,22 @@ class ImageSet:
     """Images (uint8), their labels, and the labels' names: no `classes` where there are no labels.
 
     Images are grey levels or colours [N, C, H, W], or frames of events [N, T, 2, H, W], time first in each sample: how
-    many events of each polarity (0: darker, 1: brighter) a pixel had in a time step, 255 at most.
+    many events of each polarity (0: darker, 1: brighter) a pixel had in a time step, 255 at most. A recording's `clips`
+    lie one after the other, each with its label.
     """
 
     images: UInt8[Tensor, "N *shape H W"]
     labels: Int64[Tensor, "N"] | None
     classes: tuple[str, ...]
+    clips: int = 1
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def first_clips(self) -> "ImageSet":
+        """One clip of each recording; the set itself where there are no others."""
+        labels = None if self.labels is None else self.labels[:: self.clips]
+        return ImageSet(self.images[:: self.clips], labels, self.classes)
 
 
 def resize(images: UInt8[Tensor, "N C H W"], size: int) -> UInt8[Tensor, "N C size size"]:

@@ -73,7 +73,7 @@ def classifier_phase(session: Session, model: SpikingClassifier) -> Phase:
             return classifier_parts(output, target, spec)
 
     def evaluate() -> dict[str, float]:
-        held_out, clips = session.test_set, session.config.data.clips
+        held_out, clips = session.test_set, session.test_set.clips
         count = min(settings.evaluate, len(held_out) // clips) * clips
         if not count or held_out.labels is None:
             return {}

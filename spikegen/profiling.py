@@ -88,8 +88,12 @@ def _is_encoder(cost: LayerCost) -> bool:
 
 def _passes(model: SpikingVAE | SpikingClassifier, config: Config | None, images: int) -> Iterator[tuple[str, Profile]]:
     """What the model is for, each measured, and on what."""
-    batch = None if config is None else to_input(config.data.load("test").images[:images])
-    source = f"{len(batch)} test images of {config.data.name}" if config and batch is not None else ""
+    test = None if config is None else config.data.load("test")
+    batch = None if test is None else to_input(test.first_clips().images[:images])
+    source = ""
+    if config and test and batch is not None:
+        of = f"clips, of the {test.clips} that each recording of" if test.clips > 1 else "images of"
+        source = f"{len(batch)} test {of} {config.data.name}" + " is seen as" * (test.clips > 1)
     if isinstance(model, SpikingVAE):
         sample, reconstruct = model.sample, model.reconstruct
         yield f"sampling: {SAMPLE_CHUNK} images", measure(model, lambda: sample(SAMPLE_CHUNK), SAMPLE_CHUNK)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -80,7 +81,7 @@ def train(config: Config, out: str | Path, *, resume: bool = False, device: str 
             _run_phases(session, model, state, number)
         else:
             if state is None and accelerator.is_main_process and len(train_set):
-                warn_if_unstable(model, to_input(train_set.images[:16].to(accelerator.device)))
+                warn_if_unstable(model, to_input(train_set.first_clips().images[:16].to(accelerator.device)))
             run_phase(session, classifier_phase(session, model), state)
     return run.path
 
@@ -185,7 +186,7 @@ def _batch_sizes(config: Config) -> Iterator[tuple[str, int, int]]:
 
 def _move(data: ImageSet, device: torch.device) -> ImageSet:
     labels = None if data.labels is None else data.labels.to(device)
-    return ImageSet(data.images.to(device), labels, data.classes)
+    return replace(data, images=data.images.to(device), labels=labels)
 
 
 def _require_same(config: Config, before: Config, run: Run) -> None:

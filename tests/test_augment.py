@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 from torchvision.transforms import v2
 
-from spikegen.augment import AugmentSpec, augment, mixed, rolled, warped
+from spikegen.augment import AugmentSpec, augment, mixed, resized, rolled, warped
 from spikegen.images import to_model, to_uint8
 from spikegen.spec import parse
 from tests.inputs import mistake
@@ -87,6 +87,19 @@ def test_scale_keeps_at_least_that_share_of_the_area(least: float) -> None:
     assert shares.std() > 0.05 or least == 1
     assert seen.shape == ramps.shape
     assert across[:, 16].std() > 0.5 or least == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_part_is_resized_as_torchvision_does(dtype: torch.dtype) -> None:
+    """Away from the part's rim, where torchvision knows nothing of the pixels outside."""
+    images, _ = batch(5, 3, 20, 24, dtype=dtype)
+    parts = torch.tensor([[0, 0, 20, 24], [3, 5, 10, 12], [7, 2, 9, 20], [1, 8, 18, 9], [6, 6, 5, 6]], dtype=dtype)
+    seen = resized(images, parts)
+    assert torch.allclose(seen[0], images[0])
+    for image, part, other in zip(images, parts.int().tolist(), seen, strict=True):
+        right = v2.functional.resized_crop(image, *part, [20, 24], antialias=True)
+        rim = (slice(None), slice(3, -3), slice(3, -3))
+        assert torch.allclose(other[rim], right[rim], atol=1e-3)
 
 
 @pytest.mark.parametrize("policy", ["imagenet", "cifar10", "svhn"])

@@ -15,8 +15,10 @@ from spikegen.config import Config
 from spikegen.data import CLASSES, DataSpec
 from spikegen.event_sets import SETS, scan
 from spikegen.events import Events, FrameShape, to_clips, to_frames
+from spikegen.figures import draw_all
 from spikegen.grading import predict
 from spikegen.images import ImageSet
+from spikegen.profiling import report
 from spikegen.runs import Run, open_run
 from spikegen.scoring import score
 from spikegen.training import train
@@ -101,6 +103,11 @@ def test_a_recording_is_graded_by_the_mean_of_its_clips(tmp_path: Path) -> None:
     found, test = score(run, device="cpu"), config.data.load("test")
     model, _ = open_run(run, "cpu")
     outputs = predict(model, test.images)
+    first = test.first_clips()
+    assert torch.equal(first.images, test.images[::4])
+    assert torch.equal(first.labels, test.labels[::4])
+    assert "8 test clips, of the 4 that each recording of n_mnist is seen as" in report(model, config, 8)
+    assert draw_all(Run(run), model, config, 2)
     right = [outputs[k : k + 4].mean(0).argmax() == test.labels[k] for k in range(0, 80, 4)]
     assert (found.settings["num_real"], found.settings["clips"]) == (20, 4)
     assert found.metrics["accuracy"].value == pytest.approx(sum(right) / 20)
