@@ -145,21 +145,3 @@ class SpikingClassifier(nn.Module, PyTorchModelHubMixin):
         model = cls(saved.model, saved.image_shape, saved.classes)
         load_weights(model, folder / WEIGHTS, config_file)
         return model.to(device).eval()
-
-
-def load_encoder(model: nn.Module, source: nn.Module, name: str) -> None:
-    """Copy the encoder of `source`, an autoencoder or a classifier, into `model`'s; `name` is for the UserError.
-
-    Their stages must be the same in shape; what is not weights (thresholds, pooling) is the model's own.
-    """
-    assert isinstance(model.encoder, Encoder)
-    assert isinstance(source.encoder, Encoder)
-    own, given = model.encoder.state_dict(), source.encoder.state_dict()
-    for key in [*own, *given]:
-        here, there = (f"of shape {list(s[key].shape)}" if key in s else "absent" for s in (own, given))
-        if here != there:
-            raise UserError(
-                f"the encoder of {name} does not fit: stage {key} is {there} there and {here} here; give model.stages, "
-                "model.attention and model.num_steps as that run has them"
-            )
-    model.encoder.load_state_dict(given)

@@ -52,9 +52,9 @@ class LossesConfig(Spec):
 
 
 class ClassifierLosses(Spec):
-    """A classifier's loss: cross-entropy of the mean output, SMSE of the outputs, or TET, each step's cross-entropy."""
+    """A classifier's loss: cross-entropy or squared error of the mean output, SMSE or TET of each step's outputs."""
 
-    kind: Literal["ce", "smse", "tet"] = "ce"
+    kind: Literal["ce", "mse", "smse", "tet"] = "ce"
     smoothing: float = Field(0.0, ge=0, lt=1)
     """Of the labels, in `ce` and `tet`."""
     tet_weight: float = Field(1e-3, ge=0, le=1)
@@ -212,10 +212,10 @@ def _check_vae(config: Config, model: ModelConfig) -> None:
 def _check_classifier(config: Config, model: ClassifierConfig) -> None:
     losses, data = config.training.losses, config.data
     if not isinstance(losses, ClassifierLosses):
-        raise ValueError("training.losses.kind is 'vae', an autoencoder's; use ce, smse or tet")
-    if losses.kind != "ce" and model.head.kind == "rate":
+        raise ValueError("training.losses.kind is 'vae', an autoencoder's; use ce, mse, smse or tet")
+    if losses.kind in ("smse", "tet") and model.head.kind == "rate":
         raise ValueError(f"training.losses.kind {losses.kind} is of each step's outputs, which a rate head has not: "
-                         "use model.head.kind spiking, or the loss ce")  # fmt: skip
+                         "use model.head.kind spiking, or the loss ce or mse")  # fmt: skip
     for name in ("prior", "refinement"):
         if getattr(config, name) is not None:
             raise ValueError(f"{name} is of an autoencoder; a classifier's config has no such section")
@@ -223,8 +223,10 @@ def _check_classifier(config: Config, model: ClassifierConfig) -> None:
         raise ValueError("training.prior_lr is for latents, which a classifier has not; set it to 1")
     if config.scoring.extractor is not None or config.scoring.metrics != ScoringConfig().metrics:
         raise ValueError("scoring.extractor and scoring.metrics are of generated images; a classifier has none")
-    if losses.kind == "smse" and losses.smoothing:
-        raise ValueError("training.losses.smoothing is of ce and tet, not smse; set it to 0")
+    if config.scoring.num != ScoringConfig().num:
+        raise ValueError("scoring.num is of generated images; a classifier is scored on the whole test split")
+    if losses.kind in ("mse", "smse") and losses.smoothing:
+        raise ValueError(f"training.losses.smoothing is of ce and tet, not {losses.kind}; set it to 0")
     if losses.kind != "tet" and (losses.tet_weight, losses.tet_mean) != (1e-3, 1.0):
         raise ValueError(f"training.losses.tet_weight and tet_mean are of tet, not {losses.kind}; leave them out")
     augment = config.training.augment

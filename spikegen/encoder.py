@@ -1,7 +1,7 @@
 """The encoder, of autoencoders and of classifiers: an image, or frames of events, through the stages to spikes."""
 
-from collections.abc import Sequence
-from typing import Annotated
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, cast
 
 from jaxtyping import Float
 from pydantic import Field
@@ -15,8 +15,11 @@ from spikegen.neurons import NeuronSpec
 from spikegen.residual import ResidualSpec, ResidualStage, Stem, StemSpec
 from spikegen.spec import UserError, default_kind
 from spikegen.stages import Stage, StageSpec, down_stage
+from spikegen.threshold_norm import ThresholdNorm
 
 EncoderStageSpec = StageSpec | StemSpec | ResidualSpec
+LEARNT = {"surrogate", "learn_beta", "learn_threshold"}
+"""Of a neuron: what says how it learns, not what it does."""
 EncoderStage = Annotated[Annotated[EncoderStageSpec, Field(discriminator="kind")], default_kind("conv")]
 
 
@@ -54,14 +57,19 @@ class Encoder(nn.ModuleList):
         super().__init__()
         self.image_shape, self.num_steps = image_shape, num_steps
         self.encoding: Encoding = encoding.build(num_steps)
+        self.meanings: list[dict[str, object]] = []
+        """What each stage does that is not in its weights, nothing inherited."""
         width = image_shape[0]
         for k, spec in enumerate(stages):
             own = neuron if isinstance(spec, StemSpec) else spec.neuron or neuron
             alpha = 1.0 if norm_scale is None else norm_scale / own.mean_threshold
             if isinstance(spec, StemSpec):
                 self.append(Stem(spec, width, alpha * own.mean_threshold))
+                self.meanings.append(spec.model_dump())
             else:
                 chosen = attention if spec.attention == "inherit" else spec.attention
+                whole = spec.model_copy(update={"neuron": own, "attention": chosen})
+                self.meanings.append(whole.model_dump(exclude={"neuron": LEARNT}))
                 if isinstance(spec, StageSpec):
                     gate = chosen.build(num_steps, spec.channels) if chosen else None
                     self.append(down_stage(spec, width, own, engine, gate, alpha))
@@ -104,11 +112,42 @@ class Encoder(nn.ModuleList):
             return None
         return uniform_per_image(~seed, first, len(image), (self.num_steps, *self.image_shape), image.device)
 
+    def take_over(self, given: "Encoder", source: str) -> None:
+        """Take the weights of `given`, an autoencoder's or a classifier's, and so compute what it does.
+
+        UserError, which names it by `source`, where the stages differ in shape or in what no weight says, such as a
+        neuron's leak. Norms of another scale are rescaled; surrogates, steps and the encoding of images may differ.
+        """
+        wrong = f"the encoder of {source} does not fit:"
+        right = "give model.stages, model.neuron, model.attention and model.num_steps as that run has them"
+        own, weights = self.state_dict(), given.state_dict()
+        for key in [*own, *weights]:
+            here, there = (f"of shape {list(s[key].shape)}" if key in s else "absent" for s in (own, weights))
+            if here != there:
+                raise UserError(f"{wrong} stage {key} is {there} there and {here} here; {right}")
+        for k, (mine, its) in enumerate(zip(self.meanings, given.meanings, strict=True)):
+            for path, here, there in _differences(mine, its):
+                raise UserError(f"{wrong} stage {k}'s {path} is {there} there and {here} here; {right}")
+        for key, norm in self.named_modules():
+            if isinstance(norm, ThresholdNorm):
+                its_norm = cast(ThresholdNorm, given.get_submodule(key))
+                weights[f"{key}.weight"] = weights[f"{key}.weight"] * (its_norm.scale / norm.scale)
+        self.load_state_dict(weights)
+
     def check(self, image: Tensor) -> None:
         """UserError unless the model takes images of this shape."""
         wanted = (*((self.num_steps,) if self.encoding.has_time else ()), *self.image_shape)
         if tuple(image.shape[1:]) != wanted:
             raise UserError(f"the model takes images of {wanted}; got {tuple(image.shape[1:])}")
+
+
+def _differences(here: Any, there: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Where two nested mappings differ: the key, and both values."""
+    if isinstance(here, Mapping) and isinstance(there, Mapping) and here.keys() == there.keys():
+        for key in here:
+            yield from _differences(here[key], there[key], f"{path}.{key}".lstrip("."))
+    elif here != there:
+        yield path, here, there
 
 
 def _size_after(stages: Sequence[EncoderStageSpec], size: int) -> int:

@@ -48,10 +48,13 @@ MANY = 256
 """Held-out images that responses and firing rates are averaged over."""
 
 
-def draw_all(run: Run, model: SpikingVAE | SpikingClassifier, config: Config, count: int = 8) -> list[Path]:
+def draw_all(
+    run: Run, model: SpikingVAE | SpikingClassifier, config: Config, count: int = 8, many: int = MANY
+) -> list[Path]:
     """Write every picture that the run has the means for into RUN/plots; the files, in order.
 
-    Of held-out images: the validation split's where there is one. IsometryWarning as `inside_figures` gives it.
+    Of `count` held-out images, means and firing rates of `many`: the validation split's where there is one.
+    IsometryWarning as `inside_figures` gives it.
     """
     folder = run.path / "plots"
     data = config.data.load("validation" if config.data.validation else "test").first_clips()
@@ -72,7 +75,7 @@ def draw_all(run: Run, model: SpikingVAE | SpikingClassifier, config: Config, co
             "neighbours": lambda path: neighbours(vae, config, path, count),
         }
     drawn = [folder / f"{name}.png" for name, draw in drawings.items() if draw(folder / f"{name}.png")]
-    for name, figure in inside_figures(model, images, held_out[:MANY]):
+    for name, figure in inside_figures(model, images, held_out[:many]):
         drawn.append(folder / f"{name}.png")
         _save(figure, drawn[-1])
     return drawn

@@ -5,11 +5,12 @@ from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Float
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from spikegen.attention import Attention
 from spikegen.kernels import Engine
+from spikegen.multi_attention import MASpec
 from spikegen.neurons import NeuronSpec
 from spikegen.spec import Spec, default_kind
 from spikegen.stages import dense_stage
@@ -56,6 +57,13 @@ class SpikingHeadSpec(Spec):
     dropout: Dropout = 0.0
     fire: bool = True
     attention: Attention | None = None
+
+    @field_validator("attention")
+    @classmethod
+    def _without_space(cls, value: Attention | None) -> Attention | None:
+        if isinstance(value, MASpec) and "s" in value.kind:
+            raise ValueError(f"kind {value.kind} gates places, and a fully connected layer has none; use ta, ca or tca")
+        return value
 
     def build(
         self,

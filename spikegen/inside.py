@@ -70,7 +70,7 @@ def means_figure(found: Sequence[Response], columns: int = 8) -> Figure:
             drawn = axes.imshow(tiles(mean), vmin=0, vmax=1, cmap=COLOURS, interpolation="nearest")
             head = "" if i else f"{name}\n{silent[name]} of {len(response.silent)} channels silent\n"
             axes.set_title(f"{head}t = {step}", fontsize=7)
-    figure.colorbar(drawn, ax=grid, label="spikes an image")
+    figure.colorbar(drawn, ax=grid, label=f"spikes an image, mean of {len(found[0].rates)}")
     return figure
 
 

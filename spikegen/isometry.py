@@ -92,14 +92,13 @@ def check(found: Mapping[str, float]) -> None:
 
 
 def warn_if_unstable(model: SpikingVAE | SpikingClassifier, images: Float[Tensor, "B *image"]) -> None:
-    """`check` a deep encoder before its training, under the statistics that these images give its norms."""
-    if sum(len(s.blocks) if isinstance(s, ResidualStage) else 1 for s in model.encoder) < DEEP:
-        return
-    images = images[:FIRST]
-    encoder = under_statistics(model.encoder, images).eval()
-    with torch.no_grad():
-        found, _ = _walk("encoder", encoder, _encoded(encoder, images), 2, torch.Generator().manual_seed(0))
-    check(found)
+    """`check` a deep model before its training, under the statistics that these images give its norms."""
+    depths = [sum(len(s.blocks) if isinstance(s, ResidualStage) else 1 for s in model.encoder)]
+    if isinstance(model, SpikingVAE):
+        depths.append(len(model.decoder))
+    if max(depths) >= DEEP:
+        images = images[:FIRST]
+        check(isometry(under_statistics(model, images).eval(), images, probes=2))
 
 
 @torch.no_grad()
@@ -109,7 +108,7 @@ def under_statistics(network: M, images: Float[Tensor, "*shape"]) -> M:
     norms = [m for m in network.modules() if isinstance(m, ThresholdNorm)]
     before = [(n.running_mean.clone(), n.running_var.clone()) for n in norms]
     with torch.random.fork_rng([images.device] if images.device.type == "cuda" else []):
-        network(images)
+        (network.reconstruct if isinstance(network, SpikingVAE) else network)(images)
     for norm, (mean, var) in zip(norms, before, strict=True):  # one call moves them by MOMENTUM: go all the way
         norm.running_mean.copy_(mean + (norm.running_mean - mean) / MOMENTUM)
         norm.running_var.copy_((var + (norm.running_var - var) / MOMENTUM).clamp(min=0))

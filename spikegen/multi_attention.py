@@ -31,7 +31,8 @@ class MASpec(Spec):
     `placement` `post` gates the currents of all steps at once, between norm and neuron (the paper's Conv-POST);
     `membrane` gates the integrated membrane inside the scan (Activate-PRE, eq. 14), where the gated membrane is what
     fires, decays and is carried; the time gate stays on the currents. `per_step`: a channel and a space gate for each
-    step, as the paper has it, or one for all steps. `relu`: negative currents are dropped after the gates. `authors`
+    step, as the paper has it, or one for all steps. What gates time, or all steps alike, looks ahead: it is not causal,
+    and streaming refuses it. `relu`: negative currents are dropped after the gates. `authors`
     changes the defaults to the published code's: `relu`, not `per_step`, kernel 3.
     """
 
@@ -170,7 +171,7 @@ class MultiAttention(nn.Module):
 
     def extra_repr(self) -> str:
         """The spec, for print(model)."""
-        return f"{self.spec!r}, num_steps={self.num_steps}, channels={self.channels}"
+        return f"{self.spec!r}, num_steps={self.num_steps}, channels={self.channels}, causal={self.causal}"
 
 
 class SqueezeGate(nn.Module):

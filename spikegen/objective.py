@@ -59,6 +59,8 @@ def classifier_parts(
     """The terms of a classifier's loss, named as `loss_parts` names them; `target` are class probabilities."""
     if spec.kind == "smse":
         loss = losses.smse(output.outputs, target)
+    elif spec.kind == "mse":
+        loss = losses.smse(output.logits.unsqueeze(0), target)
     elif spec.kind == "tet":
         loss = losses.tet(output.outputs, target, spec.tet_weight, spec.tet_mean, spec.smoothing)
     else:

@@ -30,7 +30,8 @@ DARK = 0.1  # brightness of black, where white's is 1.1: pixels respond to the l
 THRESHOLD = 0.5  # change of the logarithm that makes an event
 NOISE = 0.1  # stray events of a pixel in a second, on average
 SIMULATION = [SENSOR, DIGIT, CORNERS.tolist(), MILLISECONDS, SUBSTEPS, JITTER, DARK, THRESHOLD, NOISE, 1]
-TEST = 2**32  # what the test images' numbers start from: theirs are other draws than the training images'
+FIRST: dict[Part, int] = {"train": 0, "test": 2**32, "validation": 2**33}
+"""What the numbers of a part's images start from, so that each part has draws of its own."""
 
 
 def simulated(
@@ -38,12 +39,12 @@ def simulated(
 ) -> UInt8[Tensor, "N clips T 2 H W"]:
     """The images' events as clips of frames, simulated now unless the same ones were before.
 
-    Image k's are a function of (image, split, k, seed, shape) alone.
+    Those of the k-th of these images are a function of (image, split, k, seed, shape) alone.
     """
     content = hashlib.sha256(images.numpy().tobytes()).hexdigest()
     key = [SIMULATION, content, list(images.shape), split, seed, *shape]
     size = (len(images), shape.clips, shape.frames, 2, shape.size, shape.size)
-    return keep(cache, key, size, _frames(images, TEST if split == "test" else 0, seed, shape))
+    return keep(cache, key, size, _frames(images, FIRST[split], seed, shape))
 
 
 def _frames(images: Tensor, first: int, seed: int, shape: FrameShape) -> Iterator[UInt8[np.ndarray, "clips T 2 H W"]]:

@@ -35,7 +35,10 @@ def mnist(dataset: type[datasets.MNIST], root: Path, split: Split, download: boo
     """torchvision's MNIST, or another class of its with the same layout: 60,000 train, 10,000 test."""
     prefix, count = ("train", 60_000) if split == "train" else ("t10k", 10_000)
     images = _idx(dataset, root, f"{prefix}-images-idx3-ubyte", (count, 28, 28), download)
-    labels = _idx(dataset, root, f"{prefix}-labels-idx1-ubyte", (count,), download)
+    name = f"{prefix}-labels-idx1-ubyte"
+    labels = _idx(dataset, root, name, (count,), download)
+    if int(labels.max()) > 9:
+        raise damaged(root / dataset.__name__ / "raw" / name)
     return images[:, None], labels.long()
 
 

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch.utils.tensorboard import SummaryWriter
 
-from spikegen.classifier import SpikingClassifier, load_encoder
+from spikegen.classifier import SpikingClassifier
 from spikegen.config import Config, LossesConfig
 from spikegen.data import ImageSet
 from spikegen.images import Part, to_input
@@ -77,11 +77,11 @@ def train(config: Config, out: str | Path, *, resume: bool = False, device: str 
         if encoder is not None:
             model.encoder.load_state_dict(encoder)
         model = model.to(accelerator.device)
+        if state is None and accelerator.is_main_process and len(train_set):
+            warn_if_unstable(model, to_input(train_set.first_clips().images[:16].to(accelerator.device)))
         if isinstance(model, SpikingVAE):
             _run_phases(session, model, state, number)
         else:
-            if state is None and accelerator.is_main_process and len(train_set):
-                warn_if_unstable(model, to_input(train_set.first_clips().images[:16].to(accelerator.device)))
             run_phase(session, classifier_phase(session, model), state)
     return run.path
 
@@ -117,7 +117,7 @@ def _given_encoder(config: Config) -> State | None:
         return None
     given = open_run(source, "cpu")[0]
     model = build_model(config, config.data.class_names())
-    load_encoder(model, given, source)
+    model.encoder.take_over(given.encoder, source)
     return model.encoder.state_dict()
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from spikegen.classifier import ClassifierConfig, SpikingClassifier, load_encoder
+from spikegen.classifier import ClassifierConfig, SpikingClassifier
 from spikegen.runs import load_model
 from spikegen.spec import UserError
 from spikegen.vae import ModelConfig, SpikingVAE
@@ -122,20 +122,41 @@ def vae(**values):
 
 
 @pytest.mark.parametrize("stages", [STAGES, RESIDUAL])
-def test_an_encoder_serves_autoencoder_and_classifier(stages):
-    source, target = vae(stages=stages).eval(), classifier(stages=stages).eval()
+@pytest.mark.parametrize("scale", [None, 1, 0.7])
+def test_an_encoder_serves_autoencoder_and_classifier(stages, scale):
+    source, target = vae(stages=stages).eval(), classifier(stages=stages, norm_scale=scale).eval()
     x = torch.randn(4, 1, 8, 8)
-    load_encoder(target, source, "run")
-    assert torch.equal(target.encoder(x)[0], source.encoder(x)[0])
-    back = vae(stages=stages).eval()
-    load_encoder(back, target, "run")
-    assert torch.equal(back.encoder(x)[0], source.encoder(x)[0])
+    for parameter in source.encoder.parameters():
+        torch.nn.init.normal_(parameter)
+    target.encoder.take_over(source.encoder, "run")
+    torch.testing.assert_close(target.encoder(x)[0], source.encoder(x)[0])
+    back = vae(stages=stages, num_steps=5).eval()
+    back.encoder.take_over(target.encoder, "run")
+    same = vae(stages=stages, num_steps=5).eval()
+    same.encoder.load_state_dict(source.encoder.state_dict())
+    torch.testing.assert_close(back.encoder(x)[0], same.encoder(x)[0])
     assert back(x).image.shape == x.shape
 
 
 def test_an_encoder_of_another_shape_is_refused():
     with pytest.raises(UserError, match=r"encoder of runs/a does not fit: stage .* absent there and of shape \[6, 4"):
-        load_encoder(classifier(stages=RESIDUAL), vae(), "runs/a")
+        classifier(stages=RESIDUAL).encoder.take_over(vae().encoder, "runs/a")
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"neuron": {"beta": 0.5}}, "stage 0's neuron.beta is 0.25 there and 0.5 here"),
+        ({"stages": [STAGES[0] | {"stride": 1}, *STAGES[1:]]}, "stage 0's stride is"),
+        ({"attention": {"kind": "sa", "kernel": 3, "relu": True}}, "stage 0's attention.relu is False there and True"),
+    ],
+)
+def test_an_encoder_that_would_do_something_else_is_refused(values, says):
+    given = vae(attention={"kind": "sa", "kernel": 3}) if "attention" in values else vae()
+    with pytest.raises(UserError, match=says):
+        classifier(**values).encoder.take_over(given.encoder, "runs/a")
+    other = {"surrogate": "rectangle"}  # which changes no spike
+    classifier(neuron=other).encoder.take_over(vae().encoder, "runs/a")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """Training a classifier: it learns, resumes to the bit, keeps the test split unseen, starts from another's encoder."""
 
+import itertools
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from spikegen.runs import Run, load_model, open_run
 from spikegen.scoring import score
 from spikegen.stopping import Interrupted
 from spikegen.training import train
+from tests.inputs import picture
 from tests.tiny import tiny_config
 
 TINY: dict[str, Any] = {
@@ -75,7 +78,7 @@ def test_the_run_folder(whole: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "loss", [{"kind": "ce", "smoothing": 0.1}, {"kind": "smse"}, {"kind": "tet", "firing_rate": 1.0}]
+    "loss", [{"kind": "ce", "smoothing": 0.1}, {"kind": "mse"}, {"kind": "smse"}, {"kind": "tet", "firing_rate": 1.0}]
 )
 def test_it_learns_the_digits(tmp_path: Path, loss: dict[str, Any]) -> None:
     config = tiny(training__losses=loss, training__epochs=3, training__lr=1e-2, data__train_limit=400)
@@ -86,10 +89,8 @@ def test_it_learns_the_digits(tmp_path: Path, loss: dict[str, Any]) -> None:
     assert last["loss"] < first["loss"]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_resumed_it_is_the_uninterrupted_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
-    config = tiny(training__precision=precision)
-    straight = train(config, tmp_path / "a", device="cpu")
+def stopped_and_resumed(config: Config, out: Path, monkeypatch: pytest.MonkeyPatch, after: int) -> Path:
+    """A run that is told to stop at its first evaluation, and goes on."""
     import spikegen.loop as loop
 
     evaluate = loop._Trainer.evaluate
@@ -100,9 +101,16 @@ def test_resumed_it_is_the_uninterrupted_run(tmp_path: Path, monkeypatch: pytest
 
     with monkeypatch.context() as patch:
         patch.setattr(loop._Trainer, "evaluate", stopping)
-        with pytest.raises(Interrupted, match="stopped after 112 images"):
-            train(config, tmp_path / "b", device="cpu")
-    resumed = train(config, tmp_path / "b", resume=True, device="cpu")
+        with pytest.raises(Interrupted, match=f"stopped after {after} images"):
+            train(config, out, device="cpu")
+    return train(config, out, resume=True, device="cpu")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_resumed_it_is_the_uninterrupted_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
+    config = tiny(training__precision=precision)
+    straight = train(config, tmp_path / "a", device="cpu")
+    resumed = stopped_and_resumed(config, tmp_path / "b", monkeypatch, 112)
     for name, value in weights(straight).items():
         assert torch.equal(value, weights(resumed)[name]), name
     accuracies = [[r.get("validation_accuracy") for r in Run(p).rows()] for p in (straight, resumed)]
@@ -195,6 +203,29 @@ def test_what_only_autoencoders_do_is_refused(whole: Path, command: list[str], s
     assert says in str(result.exception)
 
 
+def test_a_residual_network_of_image_folders_trains_as_the_presets_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for split, label, k in itertools.product(("train", "test"), ("cat", "dog"), range(9)):
+        picture(tmp_path / "data" / split / label / f"{k}.png", 18, 16)
+    preset = load_config("att_res_snn_18", {"data.root": str(tmp_path / "data")})
+    stages = [{"kind": "stem", "channels": 4, "kernel": 3}, {"kind": "residual", "channels": 8, "blocks": 2}]
+    config = _changed(
+        preset,
+        {"model__stages": stages, "data__image_size": 16, "data__validation": 4, "training__batch_size": 4,
+         "training__epochs": 2, "training__checkpoint_every": 16, "training__tensorboard": False},
+    )  # fmt: skip
+    run = train(config, tmp_path / "whole", device="cpu")
+    resumed = stopped_and_resumed(config, tmp_path / "resumed", monkeypatch, 20)
+    for name, value in weights(run).items():
+        assert torch.equal(value, weights(resumed)[name]), name  # the draws of crops and policies are the seed's
+    assert [r["images_seen"] for r in Run(run).rows() if "validation_accuracy" in r] == [16, 28]
+    assert all(math.isfinite(r["loss"]) for r in Run(run).rows() if "loss" in r)
+    found = score(run, device="cpu")
+    assert found.settings["num_real"] == 18
+    assert sum(map(sum, found.settings["confusion"])) == 18
+
+
 def test_an_encoder_can_be_given(tmp_path: Path) -> None:
     stages = TINY["stages"]
     vae = tiny_config(model__stages=stages, training__epochs=0.1)
@@ -220,16 +251,19 @@ def test_an_encoder_that_cannot_be_had_leaves_no_run_behind(tmp_path: Path, whol
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"training__losses": {"kind": "vae"}}, "an autoencoder's; use ce, smse or tet"),
+        ({"training__losses": {"kind": "vae"}}, "an autoencoder's; use ce, mse, smse or tet"),
         ({"training__losses": {"kind": "tet"}, "model__head": {"kind": "rate"}}, "which a rate head has not"),
         ({"training__prior_lr": 2.0}, "prior_lr is for latents"),
         ({"prior": {}}, "prior is of an autoencoder"),
         ({"scoring__metrics": ["fid"]}, "a classifier has none"),
+        ({"scoring__num": 100}, "a classifier is scored on the whole test split"),
+        ({"model__head__attention": {"kind": "tcsa"}}, "kind tcsa gates places, and a fully connected layer has none"),
         ({"training__augment": None, "scoring__votes": 2}, "needs training.augment"),
         ({"training__augment": {"cutout": 9}}, "more than data.image_size"),
         ({"training__augment": {"crop": 9}}, "more than data.image_size"),
         ({"training__augment": {"flip": True}, "data__flip": True}, "set one of them"),
-        ({"training__losses": {"kind": "smse", "smoothing": 0.1}}, "smoothing is of ce and tet"),
+        ({"training__losses": {"kind": "smse", "smoothing": 0.1}}, "smoothing is of ce and tet, not smse"),
+        ({"training__losses": {"kind": "mse", "smoothing": 0.1}}, "smoothing is of ce and tet, not mse"),
         ({"training__losses": {"kind": "ce", "tet_mean": 0.5}}, "are of tet, not ce"),
         ({"data__name": "event_mnist"}, "encoding.kind is direct, but data.name event_mnist needs frames"),
         ({"model__encoding": {"kind": "frames"}}, "needs direct, rate or latency"),

@@ -1,3 +1,5 @@
+import re
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,10 @@ CLASSIFIERS = [
 
 def test_the_presets_are_those_of_the_readme() -> None:
     assert sorted(presets()) == sorted(OURS + PAPER + OTHERS + CLASSIFIERS)
+    section = (Path(__file__).parents[1] / "README.md").read_text().split("## Presets")[1].split("\n## ")[0]
+    named = re.findall(r"`([a-z0-9_*]+)`", section)
+    assert not [name for name in presets() if not any(fnmatch(name, pattern) for pattern in named)]
+    assert not [pattern for pattern in named if not any(fnmatch(name, pattern) for name in presets())]
     assert all(20 < len(line) < 120 for line in presets().values())
 
 

@@ -288,6 +288,27 @@ def test_exact_counts_are_those_of_neurobench(attention):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("stages", [[{"channels": 4}, {"channels": 6}], [{"channels": 4, "stride": 1, "pool": {}}]])
+def test_neurobench_itself_counts_the_same(stages):
+    """Of a network without gates, whose layers it sees all of (it is no dependency: `pip install neurobench`)."""
+    pytest.importorskip("neurobench")
+    from neurobench.metrics.workload import SynapticOperations
+    from neurobench.models import TorchModel
+
+    model = classifier(encoding={"kind": "frames"}, stages=stages, norm_scale=2.0)
+    frames = torch.randint(0, 4, (IMAGES, STEPS, 2, 8, 8)).float() * (torch.rand(IMAGES, STEPS, 2, 8, 8) < 0.3)
+    theirs, metric = TorchModel(model), SynapticOperations()
+    theirs.register_hooks()
+    theirs(frames)
+    counts = metric(theirs, None, (frames, None))
+    theirs.close_hooks()
+    profile = measure(model, lambda: model.classify(frames), IMAGES)
+    exact = profile.only(lambda cost: cost.has_weights).exact
+    assert exact == pytest.approx((counts["Effective_MACs"], counts["Effective_ACs"]))
+    assert min(exact) > 0
+
+
+@torch.no_grad()
 def test_the_exact_count_leaves_out_what_is_padded():
     profile = measure(model := build(head=None), lambda: model.reconstruct(images()), IMAGES)
     for cost in profile.layers.values():

@@ -187,3 +187,21 @@ def test_a_deep_stack_is_told_of_before_training():
         warn_if_unstable(unstable, x)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(v, before[k]) for k, v in unstable.state_dict().items())
+
+
+@pytest.mark.parametrize("conditional", [False, True])
+def test_so_is_an_autoencoders(conditional):
+    x = torch.rand(16, 1, 8, 8) * 2 - 1
+    latent = {"kind": "spatial", "channels": 2}
+    values = {"num_steps": 2, "neuron": NEURON, "latent": latent, "conditional": conditional}
+    names = tuple("0123456789")
+    deep = [STEM, {"kind": "residual", "channels": 4, "blocks": 8, "stride": 1, "variant": 2}]
+    unstable = SpikingVAE(ModelConfig.model_validate(values | {"stages": deep, "attention": CSA}), (1, 8, 8), names)
+    with pytest.warns(IsometryWarning, match=r"back to encoder\."):
+        warn_if_unstable(unstable, x)
+    plain = [{"channels": 4, "stride": 1}] * 6
+    weak = SpikingVAE(ModelConfig.model_validate(values | {"stages": plain}), (1, 8, 8), names)
+    for stage in weak.decoder:
+        torch.nn.init.constant_(stage.norm.weight, 1e-3)
+    with pytest.warns(IsometryWarning, match=r"back to decoder\."):
+        warn_if_unstable(weak, x)

@@ -230,13 +230,14 @@ def test_labels_as_probabilities_give_the_same_loss(smoothing):
     )
 
 
-@pytest.mark.parametrize("kind", ["ce", "smse", "tet"])
+@pytest.mark.parametrize("kind", ["ce", "mse", "smse", "tet"])
 def test_a_classifiers_loss_is_the_chosen_one_and_the_penalty(kind):
     output = ClassifierOutput(torch.randn(3, 5, 4), torch.tensor([0.1, 0.5]))
     target = F.one_hot(torch.randint(4, (5,)), 4).float()
     parts = classifier_parts(output, target, ClassifierLosses(kind=kind, firing_rate=2.0, firing_rate_target=0.2))
     expected = {
         "ce": losses.classification(output.outputs.mean(0), target),
+        "mse": torch.stack([(m - t).square().mean() for m, t in zip(output.logits, target, strict=True)]).mean(),
         "smse": losses.smse(output.outputs, target),
         "tet": losses.tet(output.outputs, target, 1e-3, 1.0),
     }[kind]

@@ -6,6 +6,7 @@ from torch import nn
 
 from spikegen.attention import TCJASpec
 from spikegen.classifier import ClassifierConfig, SpikingClassifier
+from spikegen.energy import ENCODER, measure
 from spikegen.multi_attention import MASpec
 from spikegen.neurons import LIFSpec
 from spikegen.residual import Block, ResidualSpec, ResidualStage, StemSpec
@@ -94,6 +95,20 @@ def test_parameters_are_those_of_the_reference(blocks, plain, attended):
             model = SpikingClassifier(res_snn(blocks, attention), (3, 224, 224), tuple(map(str, range(1000))))
         count = sum(p.numel() for p in model.parameters()) / 1e6
         assert round(count, 3) == pytest.approx(millions, abs=1.5e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("blocks", "macs", "neurons"),
+    [((2, 2, 2, 2), 1.827, 2.308), ((3, 4, 6, 3), 3.677, 3.562), ((3, 8, 32, 8), 11.769, 7.225)],
+)
+def test_operations_and_neurons_are_those_of_the_reference(blocks, macs, neurons):
+    model = SpikingClassifier(res_snn(blocks, None), (3, 224, 224), tuple(map(str, range(1000)))).eval()
+    profile = measure(model, lambda: model.classify(torch.randn(1, 3, 224, 224)), 1)
+    assert round(profile.twin.macs / 1e9, 3) == macs
+    assert round(profile.neurons / 1e6, 3) == neurons
+    if sum(blocks) == 8:
+        assert round(profile.layers[ENCODER].dense / 1e6, 1) == 118.0
 
 
 def test_the_deepest_one_steps():

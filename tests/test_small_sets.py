@@ -78,6 +78,14 @@ def test_truncated_idx_is_named(keep: int, real_data: Path, tmp_path: Path) -> N
     mistake(lambda: load("fashion_mnist", tmp_path), str(plain), "damaged")
 
 
+def test_a_label_outside_the_classes_is_named(real_data: Path, tmp_path: Path) -> None:
+    packed = copied(real_data, tmp_path, "MNIST") / "t10k-labels-idx1-ubyte.gz"
+    plain = packed.with_suffix("")
+    plain.write_bytes(gzip.decompress(packed.read_bytes())[:-1] + bytes([10]))
+    packed.unlink()
+    mistake(lambda: load("mnist", tmp_path), str(plain), "damaged")
+
+
 def test_another_sets_files_are_refused(real_data: Path, tmp_path: Path) -> None:
     copied(real_data, tmp_path, "FashionMNIST").parent.rename(tmp_path / "MNIST")
     mistake(lambda: load("mnist", tmp_path), "t10k-images-idx3-ubyte.gz", "not the published file")
