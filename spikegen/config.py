@@ -223,8 +223,6 @@ def _check_classifier(config: Config, model: ClassifierConfig) -> None:
         raise ValueError("training.prior_lr is for latents, which a classifier has not; set it to 1")
     if config.scoring.extractor is not None or config.scoring.metrics != ScoringConfig().metrics:
         raise ValueError("scoring.extractor and scoring.metrics are of generated images; a classifier has none")
-    if config.scoring.num != ScoringConfig().num:
-        raise ValueError("scoring.num is of generated images; a classifier is scored on the whole test split")
     if losses.kind in ("mse", "smse") and losses.smoothing:
         raise ValueError(f"training.losses.smoothing is of ce and tet, not {losses.kind}; set it to 0")
     if losses.kind != "tet" and (losses.tet_weight, losses.tet_mean) != (1e-3, 1.0):

@@ -256,7 +256,6 @@ def test_an_encoder_that_cannot_be_had_leaves_no_run_behind(tmp_path: Path, whol
         ({"training__prior_lr": 2.0}, "prior_lr is for latents"),
         ({"prior": {}}, "prior is of an autoencoder"),
         ({"scoring__metrics": ["fid"]}, "a classifier has none"),
-        ({"scoring__num": 100}, "a classifier is scored on the whole test split"),
         ({"model__head__attention": {"kind": "tcsa"}}, "kind tcsa gates places, and a fully connected layer has none"),
         ({"training__augment": None, "scoring__votes": 2}, "needs training.augment"),
         ({"training__augment": {"cutout": 9}}, "more than data.image_size"),

@@ -39,7 +39,7 @@ def files(folder: Path) -> dict[str, str]:
 
 def test_all_of_them_and_nothing_else(run: Path) -> None:
     before = files(run)
-    result = CliRunner().invoke(main, ["plot", str(run), "--num", "3"])
+    result = CliRunner().invoke(main, ["plot", str(run), "--num", "3", "--many", "5"])
     assert result.exit_code == 0, result.output
     paths = [run / "plots" / f"{name}.png" for name in NAMES]
     assert result.output.split() == [str(p) for p in paths]

@@ -171,7 +171,9 @@ def test_the_pictures_say_what_was_found():
     assert len(rows) == 3 * 3
     most = max(m.max() for m in maps.values())
     assert all(row.get_clim() == (0, most) for k, row in enumerate(rows) if k % 3)
-    titles = [axes.get_title() for axes in means_figure(found, columns=3).axes]
+    means = means_figure(found, columns=3)
+    assert means.axes[-1].get_ylabel() == f"spikes an image, mean of {len(found[0].rates)}"
+    titles = [axes.get_title() for axes in means.axes]
     for layer, count in silent_channels(found).items():
         channels = next(len(r.silent) for r in found if r.layer == layer)
         assert f"{layer}\n{count} of {channels} channels silent\nt = 0" in titles
