@@ -18,8 +18,6 @@ from spikegen.stages import Stage, StageSpec, down_stage
 from spikegen.threshold_norm import ThresholdNorm
 
 EncoderStageSpec = StageSpec | StemSpec | ResidualSpec
-LEARNT = {"surrogate", "learn_beta", "learn_threshold"}
-"""Of a neuron: what says how it learns, not what it does."""
 EncoderStage = Annotated[Annotated[EncoderStageSpec, Field(discriminator="kind")], default_kind("conv")]
 
 
@@ -58,7 +56,7 @@ class Encoder(nn.ModuleList):
         self.image_shape, self.num_steps = image_shape, num_steps
         self.encoding: Encoding = encoding.build(num_steps)
         self.meanings: list[dict[str, object]] = []
-        """What each stage does that is not in its weights, nothing inherited."""
+        """What each stage does that is not in its weights, nothing inherited; a surrogate changes no spike."""
         width = image_shape[0]
         for k, spec in enumerate(stages):
             own = neuron if isinstance(spec, StemSpec) else spec.neuron or neuron
@@ -69,7 +67,8 @@ class Encoder(nn.ModuleList):
             else:
                 chosen = attention if spec.attention == "inherit" else spec.attention
                 whole = spec.model_copy(update={"neuron": own, "attention": chosen})
-                self.meanings.append(whole.model_dump(exclude={"neuron": LEARNT}))
+                learnt = {name for name in ("beta", "threshold") if getattr(own, f"learn_{name}", False)}
+                self.meanings.append(whole.model_dump(exclude={"neuron": {"surrogate", *learnt}}))
                 if isinstance(spec, StageSpec):
                     gate = chosen.build(num_steps, spec.channels) if chosen else None
                     self.append(down_stage(spec, width, own, engine, gate, alpha))

@@ -159,6 +159,14 @@ def test_an_encoder_that_would_do_something_else_is_refused(values, says):
     classifier(neuron=other).encoder.take_over(vae().encoder, "runs/a")
 
 
+def test_a_learnt_leak_is_taken_over():
+    source = vae(neuron={"beta": 0.3, "threshold": 0.4, "learn_beta": True, "learn_threshold": True}).eval()
+    target = classifier(neuron={"beta": 0.7, "learn_beta": True, "learn_threshold": True}, norm_scale=1).eval()
+    target.encoder.take_over(source.encoder, "run")
+    x = torch.randn(4, 1, 8, 8)
+    torch.testing.assert_close(target.encoder(x)[0], source.encoder(x)[0])
+
+
 @pytest.mark.parametrize(
     ("values", "says"),
     [
