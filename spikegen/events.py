@@ -80,7 +80,7 @@ def to_clips(
         return to_frames(events, sensor, shape)[None]
     step = shape.window * ticks
     since = events.t - events.t[:1]
-    room = max(int(since[-1:].sum()) + 1 - shape.frames * step, 0)
+    room = max(int(since.max(initial=-1)) + 1 - shape.frames * step, 0)
     clips = []
     for clip in range(shape.clips):
         start = room * clip // max(shape.clips - 1, 1)

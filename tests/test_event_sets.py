@@ -83,8 +83,10 @@ def test_a_recordings_clips_follow_each_other(name: str, tmp_path: Path) -> None
     shape = FrameShape(3, "time", 8, window=20, clips=4)
     for path, those in zip(paths, clips.images.split(4), strict=True):
         assert np.array_equal(those, to_clips(written[path], kind.sensor, shape, kind.ticks))
-    short = to_clips(written[paths[0]], kind.sensor, shape, 1000)  # 60 of the 300 ms of what is in microseconds
-    assert short.sum() < (3 * 97 if name == "n_mnist" else 4 * 97)
+    # Times go up to 300,000: 3 steps of 100 ms hold all microseconds, 3 of 100 s all milliseconds.
+    whole = load(name, tmp_path, binning="time", window=100 if name == "n_mnist" else 100_000).images.sum((2, 3, 4))
+    assert (whole.sum(1) == 97).all()
+    assert (whole > 10).all()
 
 
 def test_a_recording_is_graded_by_the_mean_of_its_clips(tmp_path: Path) -> None:
