@@ -12,7 +12,7 @@ from spikegen.cli import device, sampling_options
 @click.option("--reference", help="NAME or NAME:train of a data set, or a folder.  [default: the run's test split]")
 @click.option("--metrics", help="Comma-separated, such as fid,recall,mse; see docs/config.md.  [default: the run's]")
 @click.option("--num", type=click.IntRange(min=2), help="How many images to generate.  [default: the run's]")
-@click.option("--extractor", help="cnn, inception, inception:PATH or autoencoder:PATH.  [default: the run's]")
+@click.option("--extractor", help="cnn, cnn:NAME, inception, inception:PATH or autoencoder:PATH.  [default: the run's]")
 @click.option("--protocol", help="fsvae: 5,120 images, FAD and reconstruction, as FSVAE and ESVAE score.")
 @click.option("--statistics", type=click.Path(path_type=Path), help="An .npz file of real features, as published.")
 @click.option(
@@ -36,7 +36,7 @@ def command(
 
     path = out or scores_path(source)
     require_file(path, ".json")
-    names = tuple(metrics.split(",")) if metrics else None
+    names = None if metrics is None else tuple(metrics.split(","))
     result = score(
         source, reference, names, num, extractor, device, protocol, statistics, parse(Sampling, sampling, "sampling")
     )

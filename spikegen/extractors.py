@@ -73,7 +73,8 @@ class Extractor(nn.Module):
 def load_extractor(name: str, data: str, device: torch.device | str) -> Extractor:
     """The extractor called `name` (cnn, inception[:PATH], autoencoder:PATH), on `device`, for scoring data set `data`.
 
-    UserError when there is no such extractor, none for this data set, or when its weights cannot be had.
+    With `data` a "folder", cnn:NAME is that of data set NAME. UserError when there is no such extractor, none for this
+    data set, or when its weights cannot be had.
     """
     kind, _, path = name.partition(":")
     extractor: Extractor
@@ -81,12 +82,16 @@ def load_extractor(name: str, data: str, device: torch.device | str) -> Extracto
         extractor = _load_inception(Path(path) if path else None)
     elif kind == "autoencoder" and path:
         extractor = _load_autoencoder(Path(path))
-    elif name == "cnn":
-        extractor = CNNExtractor(load_cnn(data), CNN_SIZES[data])
+    elif kind == "cnn":
+        if path and data not in ("folder", path):
+            raise UserError(
+                f"extractor {name}: the real images are {data}'s, not {path}'s; use {default_extractor(data)}"
+            )
+        of = path or data
+        extractor = CNNExtractor(load_cnn(of), CNN_SIZES[of])
     else:
-        raise UserError(
-            f"extractor {name!r}: {suggest(name, ['cnn', 'inception', 'inception:PATH', 'autoencoder:PATH'])}"
-        )
+        kinds = ["cnn", "cnn:NAME", "inception", "inception:PATH", "autoencoder:PATH"]
+        raise UserError(f"extractor {name!r}: {suggest(name, kinds)}")
     extractor.weights_sha256 = weights_hash(extractor.state_dict())
     return extractor.requires_grad_(False).eval().to(device)
 
@@ -156,7 +161,8 @@ def load_cnn(data: str) -> SmallCNN:
     """The shipped classifier of data set `data`, on the CPU; UserError where there is none."""
     if data not in CNN_SIZES:
         sets = ", ".join(CNN_SIZES)
-        raise UserError(f"extractor cnn: no classifier for {data}, only for {sets}; use inception")
+        right = f"cnn:NAME with one of {sets}, or inception" if data == "folder" else "inception"
+        raise UserError(f"extractor cnn: no classifier for {data}, only for {sets}; use {right}")
     with resources.as_file(resources.files("spikegen") / "assets" / f"cnn_{data}.safetensors") as path:
         state = read_weights(path)
     network = SmallCNN()

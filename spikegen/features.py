@@ -41,6 +41,8 @@ def extract(
     if not features.isfinite().all():
         raise UserError(f"extractor {extractor.name}: its features are not finite; its weights are broken")
     logits = [part.logits for part in parts if part.logits is not None]
+    if not all(part.isfinite().all() for part in logits):
+        raise UserError(f"extractor {extractor.name}: its logits are not finite; its weights are broken")
     return Features(features, torch.cat(logits) if logits else None)
 
 

@@ -19,6 +19,7 @@ from torchmetrics.image.kid import KernelInceptionDistance
 
 from spikegen.images import to_model
 from spikegen.resampling import Interval, deviation_interval, mean_interval, resample_counts, resampled
+from spikegen.spec import UserError
 
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000  # as torchmetrics and torch-fidelity have them
 INCEPTION_RESAMPLES = 100
@@ -221,14 +222,15 @@ def accuracy(
     batch_size: int = 250,
     seed: int = 0,
 ) -> Interval:
-    """The fraction classified right; the images, which are real ones, are resampled."""
-    right = torch.cat(
-        [
-            classify(to_model(x), k * batch_size).argmax(1).cpu() == y
-            for k, (x, y) in enumerate(zip(images.cpu().split(batch_size), labels.cpu().split(batch_size), strict=True))
-        ]
-    )
-    return mean_interval(right, seed)
+    """The fraction classified right; the images, which are real ones, are resampled.
+
+    UserError where a logit is not finite.
+    """
+    batches = images.cpu().split(batch_size)
+    logits = torch.cat([classify(to_model(x), k * batch_size).cpu() for k, x in enumerate(batches)])
+    if not logits.isfinite().all():
+        raise UserError("the classifier's logits are not finite; its weights are broken")
+    return mean_interval(logits.argmax(1) == labels.cpu(), seed)
 
 
 @contextlib.contextmanager

@@ -68,9 +68,10 @@ def check_published(
                     f"--statistics: this file is of {name}'s test split by the weights that {other.name}'s authors "
                     f"publish for it; score {name} with those weights, or leave it out"
                 )
-            if protocol is other and weights == files.weights and data != name:
+            if weights == files.weights and data not in (name, "folder"):
                 raise UserError(
-                    f"--protocol {other.name}: these weights are those for {name}; give those for {data} as --extractor"
+                    f"--extractor: these weights are those that {other.name}'s authors publish for {name}; give those "
+                    f"for {data}"
                 )
     if protocol is None:
         return None

@@ -28,15 +28,19 @@ def find_model(source: str | Path, revision: str | None = None) -> Path:
 def load_weights(model: nn.Module, weights: Path, config: Path) -> None:
     """Put the tensors of the file `weights` into `model`; `config` is the file that says what it was built as.
 
-    UserError where the file is missing, broken, or of another shape than the model.
+    UserError where the file is missing, broken, of another shape than the model, or holds what is not finite: a
+    membrane of NaN never fires, and what comes of that is a score like any other.
     """
     try:
-        model.load_state_dict(load_file(weights))
+        state = load_file(weights)
+        model.load_state_dict(state)
     except (SafetensorError, OSError) as error:
         raise UserError(f"cannot read {weights}: {error}; it is missing, truncated or no safetensors") from None
     except RuntimeError as error:
         first = str(error).splitlines()[1].strip()
         raise UserError(f"{weights} does not fit {config}: {first}") from None
+    if broken := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
+        raise UserError(f"{weights}: {broken[0]} has numbers that are not finite; the training diverged, train anew")
 
 
 def _from_hub(repository: str, revision: str | None) -> Path:

@@ -88,10 +88,7 @@ def score(
             "model_sha256": weights_hash(model.state_dict()),
             "num_steps": model.config.num_steps,
             **({"sampling": sampling.settings(model)} if drawing else {}),
-            "learnt_with_extractor": network is not None
-            and network.name == "cnn"
-            and config is not None
-            and _perceptual(config),
+            "learnt_with_extractor": _learnt_with(network, config),
         },
     )
     if metrics is None:
@@ -121,10 +118,16 @@ class _Timed:
             yield batch
 
 
-def _perceptual(config: Config) -> bool:
-    """Whether training had a perceptual loss."""
+def _learnt_with(network: Extractor | None, config: Config | None) -> bool | None:
+    """Whether training had the perceptual loss of this very extractor; None where the model does not say."""
+    if network is None or network.name != "cnn":
+        return False
+    if config is None:
+        return None
     losses, refined = config.training.losses, config.refinement
-    return bool((isinstance(losses, LossesConfig) and losses.perceptual) or (refined and refined.perceptual))
+    if not ((isinstance(losses, LossesConfig) and losses.perceptual) or (refined and refined.perceptual)):
+        return False
+    return network.weights_sha256 == load_extractor("cnn", config.data.name, "cpu").weights_sha256
 
 
 def _grade(
@@ -161,6 +164,8 @@ def _score_folder(
     if reference is None:
         raise UserError(f"{source} is a folder of images: give --reference, a data set's name or a folder")
     images = read_folder(source, num or (fixed.num if fixed else None))
+    if num and len(images) < num:
+        raise UserError(f"--num {num}: {source} has only {len(images)} images; give no more, or omit it")
     real = load_reference(reference, image_shape(images))
     network = _load_network(extractor, real, device, fixed)
     usual = fixed.metrics if fixed else ("fid", "fad", "is")

@@ -57,11 +57,26 @@ class Score:
         return asdict(self)
 
     def table(self) -> str:
-        """One line a metric: name, value, interval; and a note where they flatter."""
+        """One line a metric: name, value, interval; what they are of; and a note where they flatter, or may."""
         lines = [f"{k:15} {v.value:10.4f}  [{v.low:.4f}, {v.high:.4f}]" for k, v in self.metrics.items()]
-        if self.settings.get("learnt_with_extractor"):
+        lines.append(self._made_of())
+        learnt = self.settings.get("learnt_with_extractor", False)
+        if learnt:
             lines.append("the model learnt with the perceptual loss of this very extractor: what it measures flatters")
+        elif learnt is None:
+            lines.append("whether the model learnt with this very extractor, whose figures then flatter, is not known")
         return "\n".join(lines)
+
+    def _made_of(self) -> str:
+        has = self.settings
+        split, extractor = has["split"], has.get("extractor")
+        parts = [f"{has['num_real']:,} real images of {has['reference']}{f' ({split})' if split else ''}"]
+        if extractor:
+            parts.append(f"{has['num_generated']:,} generated")
+            parts.append(f"extractor {extractor['name']} {extractor['weights_sha256'][:8]}")
+        if "protocol" in has:
+            parts.append(f"protocol {has['protocol']}")
+        return "; ".join([*parts, f"seed {has['seed']}"])
 
 
 def score_sets(

@@ -51,7 +51,7 @@ def refused(result: tuple[int, str, str], says: str) -> None:
 
 def test_a_run_gets_a_table_and_scores_in_its_folder(call, run):
     code, out, err = call(run, "--num", 120)
-    *table, path = out.splitlines()
+    *table, made, path = out.splitlines()
     assert code == 0
     assert all(line.startswith("Warning: ") for line in err.splitlines())  # few images, of a model hardly trained
     assert Path(path) == run / "scores.json"
@@ -59,6 +59,8 @@ def test_a_run_gets_a_table_and_scores_in_its_folder(call, run):
     assert [line.split()[0] for line in table] == list(held["metrics"])
     assert {"fid", "fid_floor", "is", "mse"} <= set(held["metrics"])
     assert held["settings"]["num_generated"] == 120
+    sha = held["settings"]["extractor"]["weights_sha256"][:8]
+    assert made == (f"360 real images of digits (test); 120 generated; extractor cnn {sha}; protocol spikegen; seed 0")
 
 
 def test_the_choices_are_heeded(call, run, tmp_path):
@@ -77,11 +79,17 @@ def test_a_model_that_learnt_with_its_judge_is_told_apart(call, run, tmp_path):
     text = (learnt / "config.yaml").read_text()
     assert text.count("perceptual: 0.0") == 1
     (learnt / "config.yaml").write_text(text.replace("perceptual: 0.0", "perceptual: 0.5"))
-    for given, flattered in ((run, False), (learnt, True)):
+    for given, flattered, says in (
+        ((run,), False, ""),
+        ((learnt,), True, "very extractor: what it measures flatters"),
+        ((learnt / "model", "--reference", "digits"), None, "is not known"),  # nothing there says how it learnt
+        ((learnt, "--extractor", "cnn:digits"), True, "very extractor: what it measures flatters"),
+    ):
         out = tmp_path / "scores.json"
-        _, said, _ = call(given, "--num", 20, "--metrics", "is", "--out", out)
+        _, said, _ = call(*given, "--num", 20, "--metrics", "is", "--out", out)
         assert json.loads(out.read_text())["settings"]["learnt_with_extractor"] is flattered
-        assert ("flatters" in said) is flattered
+        assert says in said
+        assert ("flatter" in said) is (flattered is not False)
 
 
 def test_few_images_are_warned_of_in_one_line(call, run, tmp_path):
@@ -96,6 +104,7 @@ def test_few_images_are_warned_of_in_one_line(call, run, tmp_path):
     ("choice", "says"),
     [
         (("--metrics", "fdi"), "there is no 'fdi'; did you mean fid?"),
+        (("--metrics", ""), "there is no ''"),
         (("--reference", "nosuch"), "neither a folder nor a data set's name"),
         (("--extractor", "cn"), "did you mean cnn?"),
         (("--num", "1"), "'--num'"),
@@ -118,6 +127,22 @@ def test_inception_offline_is_one_line(call, run, tmp_path, monkeypatch):
 def test_a_folder_without_images_is_one_line(call, tmp_path):
     refused(call(tmp_path), "give --reference")
     refused(call(tmp_path, "--reference", "digits"), "holds no images")
+
+
+def test_a_folder_of_fewer_images_than_asked_for_is_one_line(call, tmp_path):
+    for k in range(3):
+        picture(tmp_path / f"{k}.png", 16, 16, "L")
+    refused(call(tmp_path, "--reference", "digits", "--num", 4), "has only 3 images")
+
+
+def test_two_folders_are_scored_without_a_download(call, tmp_path):
+    for name in ("made", "real"):
+        for k in range(4):
+            picture(tmp_path / name / f"{k}.png", 16, 16, "L")
+    chosen = ("--extractor", "cnn:digits", "--metrics", "fid", "--out", tmp_path / "scores.json")
+    code, out, _ = call(tmp_path / "made", "--reference", tmp_path / "real", *chosen)
+    assert code == 0
+    assert "extractor cnn" in out
 
 
 def test_a_broken_image_is_named(call, tmp_path):

@@ -179,7 +179,18 @@ def test_a_file_that_is_no_weights_is_named_in_one_line(kind, tmp_path, inceptio
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["cnm", "", "cnn:mnist", "vgg"])
+def test_a_folder_names_the_data_set_whose_classifier_it_wants():
+    chosen, own = load_extractor("cnn:digits", "folder", "cpu"), load_extractor("cnn", "digits", "cpu")
+    assert chosen.settings() == own.settings() == load_extractor("cnn:digits", "digits", "cpu").settings()
+    with pytest.raises(UserError, match=r"no classifier for folder.*cnn:NAME with one of digits, mnist, fashion_mnist"):
+        load_extractor("cnn", "folder", "cpu")
+    with pytest.raises(UserError, match=r"no classifier for cifar10.*cnn:NAME|no classifier for cifar10.*inception"):
+        load_extractor("cnn:cifar10", "folder", "cpu")
+    with pytest.raises(UserError, match=r"cnn:mnist: the real images are digits's, not mnist's; use cnn"):
+        load_extractor("cnn:mnist", "digits", "cpu")
+
+
+@pytest.mark.parametrize("name", ["cnm", "", "cnnn", "vgg"])
 def test_an_unknown_extractor_is_a_mistake_of_the_user(name):
     with pytest.raises(UserError, match="cnn"):
         load_extractor(name, "mnist", "cpu")

@@ -194,6 +194,13 @@ def test_accuracy_is_the_fraction_right():
     assert (found.value, found.high) == (0.75, 1.0)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_logit_that_is_not_finite_is_no_class(value):
+    broken = torch.tensor([[0.0, 1.0], [0.0, value], [1.0, 0.0]])
+    with pytest.raises(UserError, match="the classifier's logits are not finite"):
+        accuracy(lambda x, first: broken[first : first + len(x)], noise(3), torch.tensor([1, 1, 0]), 2)
+
+
 def test_one_image_has_an_error_but_no_interval():
     assert reconstruction_mse(lambda x, _first: x + 0.5, noise(1)) == Interval(0.25, 0.25, 0.25)
     assert accuracy(lambda x, _first: torch.eye(2)[:1], noise(1), torch.tensor([0])) == Interval(1.0, 1.0, 1.0)

@@ -23,6 +23,17 @@ def test_a_modules_weights_come_back(tmp_path: Path) -> None:
         load_weights(nn.Linear(3, 4), folder / WEIGHTS, folder / CONFIG)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_weight_that_is_not_finite_is_named(value: float, dtype: torch.dtype, tmp_path: Path) -> None:
+    layer = nn.Linear(3, 2).to(dtype)
+    with torch.no_grad():
+        layer.bias[1] = value
+    save_model(tmp_path, layer.state_dict(), SpatialSpec())
+    with pytest.raises(UserError, match=rf"{WEIGHTS}: bias has numbers that are not finite; .* train anew"):
+        load_weights(layer, tmp_path / WEIGHTS, tmp_path / CONFIG)
+
+
 @pytest.mark.parametrize("name", ["nowhere", "/no/where", "a/b/c"])
 def test_a_name_that_is_no_hub_id_is_refused_without_asking(name: str) -> None:
     with pytest.raises(UserError, match="a hub id is OWNER/NAME"):

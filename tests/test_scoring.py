@@ -120,10 +120,11 @@ def test_no_score_depends_on_the_batches(metrics):
 
 
 @pytest.mark.filterwarnings("ignore::spikegen.requirements.ScoreWarning")
-def test_a_models_copies_and_classes_do_not_depend_on_the_batches():
+@pytest.mark.parametrize("engine", ["torch", "auto"])
+def test_a_models_copies_and_classes_do_not_depend_on_the_batches(engine):
     torch.manual_seed(0)
     drawing = {"model__encoding": {"kind": "rate"}, "model__latent": {"kind": "spatial", "channels": 2}}
-    model = build_model(tiny_config(model__engine="torch", **drawing), tuple("0123456789")).eval()
+    model = build_model(tiny_config(model__engine=engine, **drawing), tuple("0123456789")).eval()
     for name, parameter in model.named_parameters():
         if name.endswith("norm.bias"):
             parameter.data.fill_(0.2)  # about half of all neurons fire
@@ -519,12 +520,18 @@ W, S = "weights", "statistics"
         ("mnist", ("fashion_mnist", W), ("mnist", S), "this file is of mnist's test split by the weights that fsvae's"),
         ("mnist", "mine", ("mnist", S), "this file is of mnist's"),
         ("cifar10", ("mnist", W), ("mnist", S), "score mnist with those weights, or leave it out"),
-        ("fashion_mnist", ("mnist", W), None, "these weights are those for mnist; give those for fashion_mnist"),
+        ("fashion_mnist", ("mnist", W), None, "authors publish for mnist; give those for fashion_mnist"),
+        ("digits", ("mnist", W), None, "authors publish for mnist; give those for digits"),
     ],
 )
-def test_published_files_of_another_data_set_are_refused(data, weights, statistics, says):
+@pytest.mark.parametrize("protocol", [None, "fsvae"])
+def test_published_files_of_another_data_set_are_refused(protocol, data, weights, statistics, says):
     with pytest.raises(UserError, match=says):
-        check_published(PROTOCOLS["fsvae"], data, "test", published(weights), published(statistics))
+        check_published(PROTOCOLS.get(protocol), data, "test", published(weights), published(statistics))
+
+
+def test_published_weights_serve_folders_of_whatever_is_in_them():
+    assert check_published(None, "folder", None, published(("mnist", W)), None) is None
 
 
 def test_published_statistics_of_the_test_split_are_refused_for_the_other():
