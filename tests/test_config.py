@@ -19,8 +19,9 @@ from spikegen.training import dry_run
 DATA = ("mnist", "fashion_mnist", "cifar10", "celeba")
 PAPER = [f"{paper}_{data}" for paper in ("fsvae", "tcja") for data in DATA]
 OTHERS = [f"{paper}_{data}" for paper in ("esvae", "taid", "ann") for data in DATA]
-OURS = ["digits", "mnist", "fashion_mnist", "cifar10", "celeba", "event_mnist"]
+OURS = ["digits", "mnist", "fashion_mnist", "cifar10", "celeba"]
 CLASSIFIERS = [
+    *("classifier_mnist", "classifier_fashion_mnist", "event_mnist"),
     *(f"tcja_classifier_{d}" for d in ("mnist", "fashion_mnist", "cifar10", "cifar100")),
     *(f"tcja_classifier_{d}" for d in ("dvs128_gesture", "n_caltech101", "cifar10_dvs")),
     *("ma_snn3_dvs128_gesture", "ma_snn5_dvs128_gesture", "ma_snn5_cifar10_dvs"),
@@ -161,7 +162,7 @@ def test_parts_that_do_not_go_together_are_named(overrides: list[str], says: str
         load_config("digits", overrides)
 
 
-@pytest.mark.parametrize("name", [name for name in OURS if name != "event_mnist"])
+@pytest.mark.parametrize("name", OURS)
 def test_our_presets_have_four_steps_and_tcja(name: str) -> None:
     model = load_config(name).model
     assert model.num_steps == 4
