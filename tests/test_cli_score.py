@@ -60,7 +60,7 @@ def test_a_run_gets_a_table_and_scores_in_its_folder(call, run):
     assert {"fid", "fid_floor", "is", "mse"} <= set(held["metrics"])
     assert held["settings"]["num_generated"] == 120
     sha = held["settings"]["extractor"]["weights_sha256"][:8]
-    assert made == (f"360 real images of digits (test); 120 generated; extractor cnn {sha}; protocol spikegen; seed 0")
+    assert made == f"360 real images of digits (test); 120 generated; extractor cnn {sha}; protocol spikegen; seed 0"
 
 
 def test_the_choices_are_heeded(call, run, tmp_path):

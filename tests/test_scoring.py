@@ -507,6 +507,23 @@ def test_a_score_says_how_many_training_images_it_saw():
     assert not {"num_floor", "num_train"} & set(quick(noise(20), noise(20, 1), ("is",)).settings)
 
 
+def test_a_model_learnt_with_another_sets_classifier_is_not_flattered():
+    config = load_config("digits", {"training.losses.perceptual": 0.5})
+    networks = {name: load_extractor("cnn", name, "cpu") for name in ("digits", "mnist")}
+    assert scoring._learnt_with(networks["digits"], config) is True
+    assert scoring._learnt_with(networks["mnist"], config) is False
+    assert scoring._learnt_with(networks["digits"], None) is None
+    assert scoring._learnt_with(None, None) is False
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_extractors_logits_must_be_finite(value):
+    network = load_extractor("cnn", "digits", "cpu")
+    network.network.classifier.bias.data[3] = value
+    with pytest.raises(UserError, match="extractor cnn: its logits are not finite; its weights are broken"):
+        extract([noise(20)], network)
+
+
 # ---- a protocol's own files -------------------------------------------------------------------------------
 
 
