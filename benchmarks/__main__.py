@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 import torch
 
-from benchmarks import model_rows, scan_rows, score_rows
+from benchmarks import attention_rows, model_rows, scan_rows, score_rows
 from benchmarks.growth import growth as grow
 from benchmarks.table import COLUMNS, Line, cells, header, markdown
 from benchmarks.timing import Setting
@@ -17,8 +17,8 @@ from spikegen.memory import keep_freed_memory
 ROWS: dict[str, Callable[[Setting], Iterator[Line]]] = {
     "lif": scan_rows.lif,
     "stage": scan_rows.stage,
-    "tcja": model_rows.tcja,
-    "attention": model_rows.attention,
+    "tcja": attention_rows.tcja,
+    "attention": attention_rows.attention,
     "train": model_rows.train,
     "sample": model_rows.sample,
     "score": score_rows.score,

@@ -1,4 +1,4 @@
-"""Whole models: the training step, sampling, and what attention adds."""
+"""Whole models: the training step, and sampling."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -12,17 +12,14 @@ from benchmarks.checks import same
 from benchmarks.peer_vae import PeerVAE, our_stages
 from benchmarks.snntorch_net import SnnTorchStage
 from benchmarks.spikingjelly_net import SpikingJellyStage
+from benchmarks.steps import build, fsvae, images, step, training_step
 from benchmarks.table import Line, line
 from benchmarks.timing import Setting, Work, race
-from spikegen.config import Config, load_config
-from spikegen.objective import loss_parts, total_loss
-from spikegen.training import build_model
+from spikegen.config import Config
 from spikegen.vae import SpikingVAE
 
 TUTORIAL = "snnTorch as its tutorials write it"
 """Without two savings of ours that the other peers are given."""
-
-QUICK = ("model.num_steps=4", "data.image_size=16")
 
 
 class BuiltinSpikingJelly:
@@ -40,17 +37,6 @@ PEERS = {
 }
 
 
-def fsvae(setting: Setting) -> Config:
-    """The preset that the peers write too; every step from the fifth on samples from the prior, in all of them."""
-    return load_config("fsvae_mnist", ["model.latent.scheduled=[1.0, 1.0]", *(QUICK if setting.quick else ())])
-
-
-def build(config: Config, device: str) -> SpikingVAE:
-    """Our model, always the same one."""
-    torch.manual_seed(0)
-    return build_model(config, config.data.class_names()).to(device)
-
-
 def peers(ours: SpikingVAE) -> dict[str, PeerVAE]:
     """The peers' networks with the weights of ours, and the memory format, which serves them too."""
     found = {name: PeerVAE(ours.config, parts, ours.image_shape[1]) for name, parts in PEERS.items()}
@@ -60,74 +46,12 @@ def peers(ours: SpikingVAE) -> dict[str, PeerVAE]:
     return {name: p.to(ours.device).copy(ours) for name, p in found.items()}
 
 
-def training_step(
-    model: SpikingVAE, config: Config, image: Tensor, label: Tensor | None, setting: Setting, bf16: bool
-) -> Work:
-    """The step of `spikegen.training` less clipping and averaging: autocast around the forward pass, fused AdamW."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.training.lr, fused=True)
-
-    def loss() -> Tensor:
-        with setting.autocast(bf16):
-            output = model(image, label)
-        return total_loss(loss_parts(output, image, label, config.training.losses))
-
-    return partial(_step, loss, optimizer)
-
-
 def peer_step(model: nn.Module, loss: Callable[[], Tensor], config: Config) -> Work:
     """A step in float32."""
-    return partial(_step, loss, torch.optim.AdamW(model.parameters(), lr=config.training.lr))
-
-
-def _step(loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer) -> None:
-    loss().backward()
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-
-
-def images(model: SpikingVAE, batch: int) -> Tensor:
-    """A batch of noise."""
-    generator = torch.Generator().manual_seed(0)
-    return (torch.rand(batch, *model.image_shape, generator=generator) * 2 - 1).to(model.device)
+    return step(loss, torch.optim.AdamW(model.parameters(), lr=config.training.lr))
 
 
 # ---- rows -------------------------------------------------------------------------------------------------
-
-
-def tcja(setting: Setting) -> Iterator[Line]:
-    """A training step with TCJA in every stage over one without."""
-    for bf16 in (False, True):
-        steps: dict[str, Work] = {}
-        for name, extra in (("ours", []), ("without TCJA", ["model.attention=null"])):
-            config = load_config("mnist", [*extra, *(QUICK if setting.quick else ())])
-            model = build(config, setting.device).train()
-            image = images(model, 8 if setting.quick else 50)
-            label = torch.arange(len(image), device=setting.device) % len(model.classes)
-            steps[name] = training_step(model, config, image, label, setting, bf16)
-        seconds = race(steps, setting)
-        ratio = f"{seconds['ours'] / seconds.pop('without TCJA'):.3f} times the step without TCJA"
-        case = f"training step of `mnist`, batch {len(image)}, {'bf16' if bf16 else 'fp32'}"
-        yield line("tcja", case, seconds, images=len(image), besides=(ratio,))
-
-
-def attention(setting: Setting) -> Iterator[Line]:
-    """Training steps with Attention-SNN's gates in every stage, on the currents, over one without."""
-    kinds = ("ca", "csa", "tcsa")
-    for bf16 in (False, True):
-        steps: dict[str, Work] = {}
-        for kind in (None, *kinds):
-            chosen = f"{{kind: {kind}, placement: post}}" if kind else "null"
-            config = load_config("mnist", [f"model.attention={chosen}", *(QUICK if setting.quick else ())])
-            model = build(config, setting.device).train()
-            image = images(model, 8 if setting.quick else 50)
-            label = torch.arange(len(image), device=setting.device) % len(model.classes)
-            steps[kind or "without"] = training_step(model, config, image, label, setting, bf16)
-        seconds = race(steps, setting)
-        bare, slowest = seconds.pop("without"), seconds["tcsa"]
-        ratios = tuple(f"{kind} {seconds[kind] / bare:.3f}" for kind in kinds)
-        case = f"training step of `mnist` with tcsa, post, batch {len(image)}, {'bf16' if bf16 else 'fp32'}"
-        besides = (f"times the step without: {', '.join(ratios)}",)
-        yield line("attention", case, {"ours": slowest}, images=len(image), besides=besides)
 
 
 def train(setting: Setting) -> Iterator[Line]:

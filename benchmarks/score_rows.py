@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from benchmarks.checks import same
-from benchmarks.model_rows import build, fsvae, training_step
+from benchmarks.steps import build, fsvae, training_step
 from benchmarks.table import Line, line
 from benchmarks.timing import Setting, race
 from spikegen.extractors import Extractor, load_extractor
@@ -69,7 +69,7 @@ def data(setting: Setting) -> Iterator[Line]:
     model = build(config, setting.device).train()
 
     def fetch() -> Tensor:
-        return training_batch(images, config, 0, device, slice(0, batch))[0]
+        return training_batch(images, config, 0, batch, device, slice(0, batch))[0]
 
     step = training_step(model, config, fetch(), None, setting, bf16=True)
     seconds = race({"ours": fetch, "step": step}, setting)

@@ -1,0 +1,67 @@
+"""Our models and their training steps, as the rows time them."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from benchmarks.timing import Setting, Work
+from spikegen.classifier import SpikingClassifier
+from spikegen.config import Config, LossesConfig, load_config
+from spikegen.objective import classifier_parts, loss_parts, total_loss
+from spikegen.training import build_model
+from spikegen.vae import SpikingVAE
+
+QUICK = ("model.num_steps=4", "data.image_size=16")
+"""What makes a preset's model small."""
+
+
+def fsvae(setting: Setting) -> Config:
+    """The preset that the peers write too; every step from the fifth on samples from the prior, in all of them."""
+    return load_config("fsvae_mnist", ["model.latent.scheduled=[1.0, 1.0]", *(QUICK if setting.quick else ())])
+
+
+def build(config: Config, device: str) -> SpikingVAE:
+    """Our model, always the same one."""
+    torch.manual_seed(0)
+    return build_model(config, config.data.class_names()).to(device)
+
+
+def images(model: SpikingVAE | SpikingClassifier, batch: int) -> Tensor:
+    """A batch of noise."""
+    generator = torch.Generator().manual_seed(0)
+    return (torch.rand(batch, *model.image_shape, generator=generator) * 2 - 1).to(model.device)
+
+
+def training_step(
+    model: SpikingVAE | SpikingClassifier,
+    config: Config,
+    image: Tensor,
+    label: Tensor | None,
+    setting: Setting,
+    bf16: bool,
+) -> Work:
+    """The step of `spikegen.training` less clipping and averaging: autocast around the forward pass, fused AdamW."""
+
+    def loss() -> Tensor:
+        spec = config.training.losses
+        with setting.autocast(bf16):
+            output = model(image, label) if isinstance(model, SpikingVAE) else model(image)
+        if isinstance(spec, LossesConfig):
+            return total_loss(loss_parts(output, image, label, spec))
+        assert label is not None
+        return total_loss(classifier_parts(output, F.one_hot(label, len(model.classes)).float(), spec))
+
+    return step(loss, torch.optim.AdamW(model.parameters(), lr=config.training.lr, fused=True))
+
+
+def step(loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer) -> Work:
+    """Forward, backward, the optimizer's step."""
+
+    def work() -> None:
+        loss().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return work

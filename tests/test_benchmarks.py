@@ -1,0 +1,41 @@
+"""The benchmarks still run on what they measure; how fast is for `python -m benchmarks` to say."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import attention_rows, score_rows
+from benchmarks.table import Line
+from benchmarks.timing import Setting
+
+QUICK = Setting("cpu", repeats=1, quick=True)
+
+
+def test_attention_is_measured_beside_the_same_network_without() -> None:
+    """Of each network, in fp32 and in bf16, one ratio for each kind of gate."""
+    lines = list(attention_rows.attention(QUICK))
+    found = [re.findall(r"(\w+) (\d+\.\d{3})", " ".join(each.besides)) for each in lines]
+    gates, all_gates = ("ca", "csa", "tcsa"), ("tcja", "ca", "csa", "tcsa")
+    assert [tuple(name for name, _ in each) for each in found] == [gates] * 2 + [all_gates] * 2 + [("csa",)] * 2
+    assert all(float(ratio) > 0 for each in found for _, ratio in each)
+
+
+def test_scores_are_those_of_torchmetrics_and_batches_are_fetched() -> None:
+    """The row refuses to print a time where the two distances differ."""
+    found: list[Line] = [*score_rows.score(QUICK), *score_rows.data(QUICK)]
+    assert [each.row for each in found] == ["score", "data"]
+    assert all(each.images is not None and each.images > 0 for each in found)
+
+
+@pytest.mark.slow
+def test_every_row_runs() -> None:
+    """With SpikingJelly, which only the extra `benchmarks` brings."""
+    pytest.importorskip("spikingjelly")
+    command = [sys.executable, "-m", "benchmarks", "--quick"]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = {line.split("|")[1].strip() for line in done.stdout.splitlines() if line.startswith("|")}
+    assert {"lif", "stage", "tcja", "attention", "train", "sample", "score", "data"} <= rows
