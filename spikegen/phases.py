@@ -246,10 +246,10 @@ def _evaluate_samples(vae: SpikingVAE, session: Session, precision: str) -> dict
         return {}
     seen = extract(to_uint8(images).split(BATCH), network)
     real = real_statistics(reference, network, default_root() / "cache")
-    row = {"sample_fid": frechet_distance(seen.features, real).value}
+    row = {"sample_cnn_fid": frechet_distance(seen.features, real).value}
     labels = vae.sample_labels(count, seed=0)
     if labels is not None and seen.logits is not None:
-        row["sample_agreement"] = agreement(seen.logits, labels).value
+        row["sample_cnn_agreement"] = agreement(seen.logits, labels).value
     return row
 
 

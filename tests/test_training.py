@@ -458,18 +458,18 @@ def test_a_signal_between_the_first_phase_and_the_second_stops_there(
 @pytest.mark.filterwarnings("ignore::spikegen.requirements.ScoreWarning")
 def test_the_samples_of_an_evaluation_are_scored_as_a_score_does(both: Path) -> None:
     """In every phase; the last row is of the model that was saved."""
-    logged = [row for row in rows(both) if "sample_fid" in row]
+    logged = [row for row in rows(both) if "sample_cnn_fid" in row]
     assert {"test_prior_entropy" in row for row in logged} == {False, True}
     found = score(both, num=20, metrics=("fid", "agreement"), device="cpu")  # TINY's training.evaluate
-    assert logged[-1]["sample_fid"] == pytest.approx(found.metrics["fid"].value, rel=1e-6)
-    assert logged[-1]["sample_agreement"] == found.metrics["agreement"].value
+    assert logged[-1]["sample_cnn_fid"] == pytest.approx(found.metrics["fid"].value, rel=1e-6)
+    assert logged[-1]["sample_cnn_agreement"] == found.metrics["agreement"].value
 
 
 def test_data_without_a_classifier_has_no_scored_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(phases, "CNN_SIZES", {})
     run = train(tiny_config(), tmp_path / "run", device="cpu")
     assert any("test_recon" in row for row in rows(run))
-    assert not any("sample_fid" in row for row in rows(run))
+    assert not any("sample_cnn_fid" in row for row in rows(run))
 
 
 def test_a_finished_run_can_be_given_a_prior(both: Path, tmp_path: Path) -> None:
