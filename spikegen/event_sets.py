@@ -46,6 +46,8 @@ def _read_gesture(path: Path) -> Events:
     columns = np.load(path, allow_pickle=False)
     if columns.ndim != 2 or columns.shape[1] != 4 or columns.dtype.kind not in "iuf":
         raise ValueError
+    if not (np.abs(columns) < 2**62).all() or (columns != np.floor(columns)).any():  # nor what is not a number
+        raise ValueError
     x, y, p, t = columns.T.astype(np.int64)
     return Events(x, y, t, p)
 

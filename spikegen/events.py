@@ -10,6 +10,9 @@ from spikegen.spec import UserError
 
 Binning = Literal["count", "time"]
 
+LONGEST = 2**50
+"""A recording's length that no sensor reaches, in any unit; times T it is a 64-bit integer still."""
+
 
 class Events(NamedTuple):
     """One recording in the order of time: columns, rows, times (in any unit) and polarities (1: brighter)."""
@@ -44,6 +47,8 @@ def check_events(events: Events, sensor: tuple[int, int], source: Path) -> None:
         raise UserError(
             f"{source}: out of order, event {k} is earlier than the one before; put the published file there"
         )
+    if int(events.t[-1]) - int(events.t[0]) >= LONGEST:
+        raise UserError(f"{source}: its times are {events.t[0]} to {events.t[-1]}; put the published file there")
     outside = (events.x < 0) | (events.x >= width) | (events.y < 0) | (events.y >= height)
     if outside.any():
         x, y = (int(axis[outside.argmax()]) for axis in (events.x, events.y))

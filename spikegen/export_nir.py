@@ -147,7 +147,8 @@ class Graph:
             _refuse(name, "NIR has no max pooling; train with pool.kind avg")
         size = np.broadcast_to(np.array(pool.kernel_size), (2,)).copy()
         if pool.ceil_mode and any(np.array(x.shape[1:]) % size):
-            _refuse(name, f"NIR pools {x.shape[1]}x{x.shape[2]} without a remainder only; use an even data.image_size")
+            rest = f"the rest of {x.shape[1]}x{x.shape[2]} by {size[0]}"
+            _refuse(name, f"NIR's pooling drops {rest}; choose a data.image_size that divides")
         shape = (x.shape[0], *(int(n) for n in np.array(x.shape[1:]) // size))
         return self._add(name, self.nir.AvgPool2d(size, size.copy(), np.zeros(2, int)), x, shape)
 

@@ -79,6 +79,10 @@ def scan_folder(root: Path) -> tuple[dict[Split, Files], tuple[str, ...]]:
     parents = {name.parts[0] if len(name.parts) > 1 else "" for _, names in splits.values() for name in names}
     classes = tuple(sorted(parents)) if "" not in parents and len(parents) > 1 else ()
     number = {name: k for k, name in enumerate(classes)}
+    (trained, learnt), (tested, _) = splits["train"], splits["test"]
+    present = {name.parts[0] for name in learnt}
+    if trained != tested and (absent := [name for name in classes if name not in present]):
+        raise UserError(f"data.root: {tested} has a class that {trained} has no image of: {', '.join(absent)}")
     return {
         split: ([base / n for n in names], [number[n.parts[0]] for n in names] if classes else [])
         for split, (base, names) in splits.items()

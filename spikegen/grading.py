@@ -34,8 +34,11 @@ def predict(
 ) -> Float[Tensor, "N K"]:
     """Logits, on the CPU, of uint8 images or frames; the draws of an encoding do not depend on `batch_size`.
 
-    With more than one vote they are the mean over each image and votes - 1 views of it, augmented as `views` says.
+    With more than one vote they are the mean over each image and votes - 1 views of it, augmented as `views` says;
+    UserError when it says nothing.
     """
+    if votes < 1 or (votes > 1 and views is None):
+        raise UserError(f"votes: {votes}, but there must be 1 or more, and `views` says how the further ones are made")
     parts = []
     alone = None if views is None else views.model_copy(update={"mixup": 0.0})  # a view is of one image
     for k, chunk in enumerate(images.split(VIEW_CHUNK)):

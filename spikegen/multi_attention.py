@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, StrictBool, model_validator
 from torch import Tensor, nn
 
 from spikegen.kernels import attending
@@ -45,7 +45,7 @@ class MASpec(Spec):
     """Of the space gate's convolution."""
     per_step: bool = True
     relu: bool = False
-    authors: bool = False
+    authors: StrictBool = False
 
     @model_validator(mode="before")
     @classmethod
@@ -63,6 +63,11 @@ class MASpec(Spec):
                 )
             if self.authors or not self.per_step:
                 raise ValueError("placement membrane sees one step at a time: it needs per_step and not authors")
+        if self.authors and (self.per_step or not self.relu):
+            raise ValueError(
+                "authors is the published code's, with relu true and per_step false; "
+                f"got {self.relu} and {self.per_step}: leave those out, or set authors to false"
+            )
         return self
 
     def build(self, num_steps: int, channels: int) -> "MultiAttention":

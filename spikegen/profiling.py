@@ -1,6 +1,7 @@
 """The text of `spikegen profile`: a table of every layer, the totals, and what they mean."""
 
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -12,6 +13,7 @@ from spikegen.energy import ENCODER, LayerCost, Profile, measure
 from spikegen.images import to_input
 from spikegen.kernels import choose
 from spikegen.operations import JOULES, Joules, Operations
+from spikegen.spec import UserError
 from spikegen.vae import SAMPLE_CHUNK, SpikingVAE
 
 BATCH = 16
@@ -31,9 +33,14 @@ def report(
 ) -> str:
     """Tables and totals for sampling and reconstruction, or for classification, and the parameters.
 
-    Reconstruction and classification are measured on test images where the run's config names its data; else on
-    samples, and on noise. `joules` is a name in JOULES.
+    Reconstruction and classification are measured on images of the validation split, or of the test split where there
+    is none, if the run's config names its data; else on samples, and on noise. `joules` is a name in JOULES. UserError:
+    it is not, or there is no image.
     """
+    if joules not in JOULES:
+        raise UserError(f"joules: no preset {joules!r}; there are {', '.join(JOULES)}")
+    if images < 1:
+        raise UserError(f"images: {images}, but a profile is of 1 image or more")
     pair = JOULES[joules]
     blocks = ["\n".join(_section(title, profile, pair)) for title, profile in _passes(model, config, images)]
     engine = choose(model.config.engine, model.device, steps=model.config.num_steps)
@@ -88,12 +95,13 @@ def _is_encoder(cost: LayerCost) -> bool:
 
 def _passes(model: SpikingVAE | SpikingClassifier, config: Config | None, images: int) -> Iterator[tuple[str, Profile]]:
     """What the model is for, each measured, and on what."""
-    test = None if config is None else config.data.load("test")
-    batch = None if test is None else to_input(test.first_clips().images[:images])
-    source = ""
-    if config and test and batch is not None:
-        of = f"clips, of the {test.clips} that each recording of" if test.clips > 1 else "images of"
-        source = f"{len(batch)} test {of} {config.data.name}" + " is seen as" * (test.clips > 1)
+    batch, source = None, ""
+    if config is not None:
+        split: Literal["validation", "test"] = "validation" if config.data.validation else "test"
+        held = config.data.load(split)
+        batch = to_input(held.first_clips().images[:images])
+        of = f"clips, of the {held.clips} that each recording of" if held.clips > 1 else "images of"
+        source = f"{len(batch)} {split} {of} {config.data.name}" + " is seen as" * (held.clips > 1)
     if isinstance(model, SpikingVAE):
         sample, reconstruct = model.sample, model.reconstruct
         yield f"sampling: {SAMPLE_CHUNK} images", measure(model, lambda: sample(SAMPLE_CHUNK), SAMPLE_CHUNK)

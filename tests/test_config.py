@@ -7,11 +7,15 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from torch import nn
 
 from spikegen import Config, UserError, load_config
 from spikegen.attention import TCJASpec
 from spikegen.classifier import ClassifierConfig, SpikingClassifier
-from spikegen.config import dump_config, presets
+from spikegen.config import ClassifierLosses, dump_config, presets
+from spikegen.energy import measure
+from spikegen.heads import HeadSpec, SpikingHeadSpec
+from spikegen.neurons import LIFSpec
 from spikegen.stages import StageSpec
 from spikegen.threshold_norm import ThresholdNorm
 from spikegen.training import dry_run
@@ -307,44 +311,93 @@ def test_a_config_is_frozen() -> None:
         config.training.epochs = 3  # type: ignore[misc]
 
 
-def test_the_reference_in_the_docs_names_every_key() -> None:
+@pytest.mark.parametrize("name", ["digits", "classifier_mnist", "ma_snn3_dvs128_gesture"])
+def test_the_reference_in_the_docs_names_every_key(name: str) -> None:
     text = (Path(__file__).parents[1] / "docs" / "config.md").read_text()
-    keys = yaml.safe_load(dump_config(load_config("digits")))
+    keys = yaml.safe_load(dump_config(load_config(name)))
     missing = [f"{s}.{k}" for s, section in keys.items() if section for k in section if f"`{s}.{k}`" not in text]
     assert not missing
 
 
 @pytest.mark.parametrize(
-    ("name", "parameters", "neurons"),
+    ("name", "parameters", "neurons", "behind"),
     [
         # the reference's 2,324,065 and the time gates of the two layers behind; 106,763 neurons with those two's 267
-        ("ma_snn3_dvs128_gesture", 2_324_065 + 2 * 2 * 60 * 12, 64 * 32**2 + 128 * 16**2 + 128 * 8**2),
-        ("ma_snn5_dvs128_gesture", None, 2_793_472),
-        ("ma_snn5_cifar10_dvs", None, None),
+        ("ma_snn3_dvs128_gesture", 2_324_065 + 2 * 2 * 60 * 12, 106_763, [8192, 256]),
+        ("ma_snn5_dvs128_gesture", None, 2_793_472 + 512 + 110, [2048, 512]),
+        # each pooled from the currents: 32 of 64x64, ..., 256 of 8x8, 512 of 2x2
+        (
+            "ma_snn5_cifar10_dvs",
+            None,
+            32 * 64**2 + 64 * 32**2 + 128 * 16**2 + 256 * 8**2 + 512 * 2**2 + 266,
+            [2048, 256],
+        ),
     ],
 )
-def test_the_event_networks_of_attention_snn(name: str, parameters: int | None, neurons: int | None) -> None:
+def test_the_event_networks_of_attention_snn(
+    name: str, parameters: int | None, neurons: int, behind: list[int]
+) -> None:
     config = load_config(name)
     assert isinstance(config.model, ClassifierConfig)
-    plain = config.model.model_copy(update={"attention": None})
-    counts, size = [], config.data.image_size
-    for stage in plain.stages:
-        assert isinstance(stage, StageSpec)
-        pooled = stage.pool.size if stage.pool else 1
-        if stage.pool and stage.pool.of == "currents":
-            size //= pooled
-        counts.append(stage.channels * size**2)
-        if stage.pool and stage.pool.of == "spikes":
-            size //= pooled
-    if neurons is not None:
-        assert sum(counts) == neurons
+    plain, size = config.model.model_copy(update={"attention": None}), config.data.image_size
     with torch.device("meta"):
-        shape = (2, config.data.image_size, config.data.image_size)
-        model = SpikingClassifier(plain, shape, config.data.class_names())
-    if parameters is not None:
-        assert sum(p.numel() for p in model.parameters()) == parameters
+        model = SpikingClassifier(plain, (2, size, size), config.data.class_names())
+    assert parameters is None or sum(p.numel() for p in model.parameters()) == parameters
     norms = [m.scale for m in model.modules() if isinstance(m, ThresholdNorm)]
     assert norms == pytest.approx([1.0] * len(norms))  # ordinary batch norms
+    assert [m.in_features for m in model.modules() if isinstance(m, nn.Linear) and m.in_features > 60] == behind
+    assert isinstance(plain.head, SpikingHeadSpec)
+    head = plain.head.model_copy(update={"attention": None})  # its gates have as many weights as steps
+    single = SpikingClassifier(
+        plain.model_copy(update={"num_steps": 1, "head": head}), (2, size, size), config.data.class_names()
+    ).eval()
+    assert measure(single, lambda: single.classify(torch.rand(1, 1, 2, size, size)), 1).neurons == neurons
+
+
+RESIDUAL = (0.25, 0.5, 250, 600, 0.6, "ce")
+TCJA = (0.5, 2.0, 1024, 16, 1e-3, "smse")
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "recipe", "head"),
+    [
+        ("tcja_classifier_dvs128_gesture", 20, TCJA, ((512,), 10, 0.5)),
+        ("tcja_classifier_n_caltech101", 14, TCJA, ((1024,), 1, 0.5)),
+        ("tcja_classifier_cifar10_dvs", 10, (0.5, 1.0, 300, 64, 1e-3, "tet"), ((), 1, 0.0)),
+        ("tcja_classifier_cifar10", 4, (0.5, 2.0, 300, 64, 1e-3, "ce"), None),
+        ("tcja_classifier_cifar100", 4, (0.5, 2.0, 300, 64, 1e-3, "ce"), None),
+        ("tcja_classifier_fashion_mnist", 8, (0.5, 2.0, 12, 64, 1e-3, "smse"), ((512,), 10, 0.5)),
+        ("tcja_classifier_mnist", 8, (0.5, 2.0, 8, 64, 1e-3, "smse"), ((512,), 10, 0.5)),
+        # a tenth of the epochs, of ten times as many clips
+        ("ma_snn3_dvs128_gesture", 60, (0.3, 0.3, 30, 128, 1e-4, "mse"), ((256,), 1, 0.0)),
+        ("ma_snn5_dvs128_gesture", 20, (0.3, 0.3, 300, 16, 1e-3, "mse"), ((512,), 10, 0.5)),
+        ("ma_snn5_cifar10_dvs", 20, (0.3, 0.3, 300, 32, 1e-3, "mse"), ((256,), 1, 0.0)),
+        ("att_res_snn_18", 1, RESIDUAL, None),
+        ("att_res_snn_34", 1, RESIDUAL, None),
+        ("att_res_snn_104", 1, RESIDUAL, None),
+    ],
+)
+def test_the_papers_classifiers_have_the_recipes_that_the_table_tells_of(
+    name: str, steps: int, recipe: tuple[float | str, ...], head: tuple[tuple[int, ...], int, float] | None
+) -> None:
+    """Beside the table in docs/config.md, so that neither changes alone."""
+    config = load_config(name)
+    model, training = config.model, config.training
+    assert isinstance(model, ClassifierConfig)
+    assert isinstance(model.neuron, LIFSpec)
+    assert isinstance(training.losses, ClassifierLosses)
+    found = (model.neuron.beta, model.neuron.threshold, training.epochs, training.batch_size, training.lr)
+    assert (model.num_steps, *found, training.losses.kind) == (steps, *recipe)
+    scales = None if name.startswith("att_res") else 1.0  # tdBN; an ordinary norm
+    assert model.norm_scale == scales
+    if head is None:
+        assert isinstance(model.head, HeadSpec)
+    else:
+        assert isinstance(model.head, SpikingHeadSpec)
+        assert (model.head.hidden, model.head.votes, model.head.dropout) == head
+    ours = name in ("tcja_classifier_fashion_mnist", "tcja_classifier_mnist")
+    assert (training.clip, training.ema, training.warmup) == ((1.0, 0.999, 0.02) if ours else (None, 0, 0))
+    assert training.weight_decay == (1e-5 if name.startswith("att_res") else 0)
 
 
 @pytest.mark.parametrize(

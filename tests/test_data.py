@@ -119,6 +119,15 @@ def test_flat_folder_loads_every_image_once(tmp_path: Path) -> None:
     assert torch.equal(folder(tmp_path / "in", train_limit=7).images, train.images[:7])
 
 
+def test_a_class_that_training_lacks_is_named(tmp_path: Path) -> None:
+    for name in ("train/cat/1", "train/ant/2", "test/cat/3", "test/bee/4", "test/fly/5"):
+        picture(tmp_path / "in" / f"{name}.png", 8, 8)
+    root = tmp_path / "in"
+    mistake(
+        lambda: folder(root), "data.root", f"{root / 'test'} has a class", f"{root / 'train'} has no image of: bee, fly"
+    )
+
+
 def test_labels_stay_with_their_images(tmp_path: Path) -> None:
     made = {}
     for k in range(30):

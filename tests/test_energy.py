@@ -461,6 +461,11 @@ def test_gesture_costs_what_the_paper_says(vanilla, kind, rate, computed, publis
     made = {"t": 5 * 2 * 60**2 // 5, "c": 276_480, "s": 60 * 2 * 7**2 * (32**2 + 16**2 + 8**2)}
     used = {"t": 60 * 106_763, "c": 60 * 106_496, "s": 60 * 106_496}
     assert gates.estimate == gates.exact == (sum(made[k] + used[k] for k in ALL[kind]), 0)
+    if kind == "tcsa":
+        network = gesture(kind)
+        with torch.no_grad():
+            whole = measure(network, lambda: network.classify(torch.zeros(1, 60, 2, 32, 32)), 1)
+        assert whole.only(lambda cost: not cost.has_weights).exact == gates.exact
     attended = at_rates(replace(vanilla, layers=vanilla.layers | gates.layers), 0.10, rate)
     ratio = base.estimate.picojoules(joules) / attended.estimate.picojoules(joules)
     assert ratio == pytest.approx(computed, abs=0.01)

@@ -108,7 +108,7 @@ def test_a_recording_is_graded_by_the_mean_of_its_clips(tmp_path: Path) -> None:
     first = test.first_clips()
     assert torch.equal(first.images, test.images[::4])
     assert torch.equal(first.labels, test.labels[::4])
-    assert "8 test clips, of the 4 that each recording of n_mnist is seen as" in report(model, config, 8)
+    assert "3 validation clips, of the 4 that each recording of n_mnist is seen as" in report(model, config, 8)
     assert draw_all(Run(run), model, config, 2)
     right = [outputs[k : k + 4].mean(0).argmax() == test.labels[k] for k in range(0, 80, 4)]
     assert (found.settings["num_real"], found.settings["clips"]) == (20, 4)
@@ -244,6 +244,13 @@ def test_pickles_are_refused(tmp_path: Path) -> None:
     np.save(path, np.array([[print, 0, 0, 0]], dtype=object), allow_pickle=True)
     mistake(lambda: load("dvs128_gesture", tmp_path, "test"), str(path), "no recording of DVSGesture")
     np.save(path, np.zeros((5, 3)))
+    mistake(lambda: load("dvs128_gesture", tmp_path, "test"), str(path), "no recording of DVSGesture")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -1e300, 2.5])
+def test_numbers_that_are_no_events_are_refused(value: float, tmp_path: Path) -> None:
+    path = next(path for path in made("dvs128_gesture", tmp_path) if "ibmGestureTest" in path.parts)
+    np.save(path, np.array([[1, 1, 0, 3.0], [1, value, 1, 4.0]]))
     mistake(lambda: load("dvs128_gesture", tmp_path, "test"), str(path), "no recording of DVSGesture")
 
 

@@ -105,3 +105,5 @@ def test_impossible_recordings_are_refused() -> None:
     mistake(lambda: check(y=[0, 1, 18]), "a/b.bin", "x=5, y=18", "outside")
     mistake(lambda: check(x=[-1, 0, 0]), "a/b.bin", "x=-1")
     mistake(lambda: check(p=[0, 1, 2]), "a/b.bin", "polarity")
+    check(t=[-(2**49), 0, 2**49 - 1])
+    mistake(lambda: check(t=[-(2**49), 0, 2**49]), "a/b.bin", "its times are -562949953421312 to 562949953421312")

@@ -197,6 +197,15 @@ def test_what_nir_cannot_express_is_refused_by_name(tmp_path: Path, values, laye
     assert not list(tmp_path.iterdir())
 
 
+def test_what_its_pooling_would_drop_is_refused(tmp_path: Path):
+    """A residual stage pools 12x10 and 6x5 by 2, the latter with windows over the edge; NIR's has none."""
+    config = classifier(stages=STAGES["narrowing"]).config
+    model = SpikingClassifier(config, (2, 12, 10), ("cat", "dog", "bird")).eval()
+    with pytest.raises(UserError, match=r"^NIR cannot express encoder\.2\.blocks\.0.*the rest of 6x5 by 2; choose"):
+        write_nir(model, tmp_path / "a.nir")
+    assert not list(tmp_path.iterdir())
+
+
 def test_without_the_package_it_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "nir", None)
     with pytest.raises(UserError, match=r"pip install spikegen-vae\[nir\]"):

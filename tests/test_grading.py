@@ -7,6 +7,7 @@ from PIL import Image
 from spikegen.classifier import ClassifierConfig, SpikingClassifier
 from spikegen.grading import confusion, draw_confusion, predict
 from spikegen.images import to_model
+from tests.inputs import mistake
 
 
 @pytest.mark.parametrize("encoding", ["direct", "rate"])
@@ -18,6 +19,8 @@ def test_predictions_do_not_depend_on_the_batch(encoding):
     whole = predict(model, images, 11, seed=3)
     torch.testing.assert_close(whole, predict(model, images, 4, seed=3))
     torch.testing.assert_close(whole, model(to_model(images), seed=3).logits)
+    for votes in (0, 2):
+        mistake(lambda v=votes: predict(model, images, votes=v), f"votes: {votes}", "`views` says how")
 
 
 def test_the_confusion_matrix_is_that_of_a_loop(tmp_path):

@@ -158,19 +158,35 @@ def test_the_switch_gives_the_published_code(kind):
     assert MASpec(authors=True, kernel=7).kernel == 7  # its other choice
 
 
+@pytest.mark.parametrize("values", [{"relu": False}, {"per_step": True}])
+def test_the_switch_is_refused_beside_what_contradicts_it(values):
+    assert MASpec.model_validate(MASpec(authors=True).model_dump()) == MASpec(authors=True)
+    with pytest.raises(ValueError, match="authors is the published code's, with relu true and per_step false"):
+        MASpec(authors=True, **values)
+    for odd in (1, "yes"):
+        with pytest.raises(ValueError, match="valid boolean"):
+            MASpec.model_validate({"authors": odd})
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("values", [{}, {"authors": True}, {"placement": "membrane"}])
 def test_causal_blocks_look_at_no_later_step_and_others_say_so(kind, values):
     if kind == "ta" and values.get("placement"):
         return
     stage = down_stage(StageSpec(channels=4), 3, LIFSpec(), "auto", MASpec(kind=kind, **values).build(5, 4)).eval()
-    x = torch.randn(5, 2, 3, 6, 6)
+    x = torch.randn(5, 2, 3, 6, 6) * 20
     later = x.clone()
-    later[3:] = torch.randn(2, 2, 3, 6, 6) * 5
+    later[3:] = torch.randn(2, 2, 3, 6, 6) * 50
     causal = "t" not in kind and "authors" not in values
     assert stage.attention.causal is causal
     current, changed = (stage.attention(stage.layer(v.flatten(0, 1)).unflatten(0, (5, 2))) for v in (x, later))
-    assert torch.equal(current[:3], changed[:3]) is causal
+    if not stage.attention.in_scan:  # there channels and space are gated as the neuron integrates
+        assert torch.equal(current[:3], changed[:3]) is causal
+    spikes, others = stage(x)[0], stage(later)[0]
+    assert spikes.sum() > 0
+    assert not torch.equal(spikes[3:], others[3:])
+    if causal:
+        assert torch.equal(spikes[:3], others[:3])
 
 
 @pytest.mark.parametrize("kind", KINDS)

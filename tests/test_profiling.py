@@ -10,6 +10,7 @@ from spikegen.energy import ENCODER, measure
 from spikegen.operations import JOULES
 from spikegen.profiling import report
 from spikegen.vae import ModelConfig, SpikingVAE
+from tests.inputs import mistake
 from tests.tiny import tiny_config
 
 STAGES = [{"channels": 4}, {"channels": 6}]
@@ -104,6 +105,10 @@ def test_what_a_runs_data_is_profiled_on():
     config = tiny_config()
     model = SpikingVAE(config.model, (1, 8, 8), tuple("0123456789")).eval()
     assert "reconstruction: 7 test images of digits" in report(model, config, 7)
+    held = config.model_copy(update={"data": config.data.model_copy(update={"validation": 9})})
+    assert "reconstruction: 7 validation images of digits" in report(model, held, 7)
+    mistake(lambda: report(model, config, 0), "images: 0", "1 image or more")
+    mistake(lambda: report(model, config, joules="7nm"), "joules: no preset '7nm'", "45nm-fp32")
 
 
 def test_a_network_without_spiking_neurons_has_no_rate():

@@ -6,6 +6,7 @@ from torch import nn
 
 from spikegen.attention import TCJASpec
 from spikegen.classifier import ClassifierConfig, SpikingClassifier
+from spikegen.config import load_config
 from spikegen.energy import ENCODER, measure
 from spikegen.multi_attention import MASpec
 from spikegen.neurons import LIFSpec
@@ -86,13 +87,25 @@ def res_snn(blocks, attention, **changes):
 
 
 @pytest.mark.parametrize(
-    ("blocks", "plain", "attended"),
-    [((2, 2, 2, 2), 11.694, 11.868), ((3, 4, 6, 3), 21.802, 22.117), ((3, 8, 32, 8), 77.284, 78.370)],
+    ("depth", "blocks", "plain", "attended"),
+    [
+        (18, (2, 2, 2, 2), 11.694, 11.868),
+        (34, (3, 4, 6, 3), 21.802, 22.117),
+        (104, (3, 8, 32, 8), 77.284, 78.370),
+    ],
 )
-def test_parameters_are_those_of_the_reference(blocks, plain, attended):
-    for attention, millions in ((None, plain), (CSA, attended)):
+def test_parameters_are_those_of_the_reference(depth, blocks, plain, attended):
+    """Of the network, and of the preset."""
+    preset = load_config(f"att_res_snn_{depth}").model
+    without = preset.model_copy(update={"attention": None})
+    for config, millions in (
+        (res_snn(blocks, None), plain),
+        (res_snn(blocks, CSA), attended),
+        (without, plain),
+        (preset, attended),
+    ):
         with torch.device("meta"):
-            model = SpikingClassifier(res_snn(blocks, attention), (3, 224, 224), tuple(map(str, range(1000))))
+            model = SpikingClassifier(config, (3, 224, 224), tuple(map(str, range(1000))))
         count = sum(p.numel() for p in model.parameters()) / 1e6
         assert round(count, 3) == pytest.approx(millions, abs=1.5e-3)
 
