@@ -1,5 +1,6 @@
 """Temporal-channel joint attention (TCJA) and its ablations, on a whole spike train."""
 
+import functools
 from typing import Annotated, Literal
 
 import torch
@@ -13,6 +14,8 @@ from spikegen.multi_attention import MASpec
 from spikegen.spec import Spec, UserError
 
 Fusion = Literal["product", "sum"]
+Gain = Annotated[float, Field(gt=0, le=16)]
+"""What the sigmoid is multiplied by: 1 in the paper; with 2 a new gate leaves spikes about as they are, not halved."""
 
 
 class TCJASpec(Spec):
@@ -27,10 +30,13 @@ class TCJASpec(Spec):
     kernel_c: int = Field(4, ge=1, le=256)
     fusion: Fusion = "product"
     causal: bool = False
+    gain: Gain = 1.0
 
     def build(self, num_steps: int, channels: int) -> "TCJA":
         """The module for spike trains of `num_steps` steps and `channels` channels."""
-        return TCJA(num_steps, channels, self.kernel_t, self.kernel_c, fusion=self.fusion, causal=self.causal)
+        return TCJA(
+            num_steps, channels, self.kernel_t, self.kernel_c, fusion=self.fusion, causal=self.causal, gain=self.gain
+        )
 
 
 class TLASpec(Spec):
@@ -39,10 +45,11 @@ class TLASpec(Spec):
     kind: Literal["tla"] = "tla"
     kernel_t: int = Field(4, ge=1, le=256)
     causal: bool = False
+    gain: Gain = 1.0
 
     def build(self, num_steps: int, channels: int) -> "TCJA":
         """The module for spike trains of `num_steps` steps and `channels` channels."""
-        return TCJA(num_steps, channels, self.kernel_t, None, causal=self.causal)
+        return TCJA(num_steps, channels, self.kernel_t, None, causal=self.causal, gain=self.gain)
 
 
 class CLASpec(Spec):
@@ -51,10 +58,11 @@ class CLASpec(Spec):
     kind: Literal["cla"] = "cla"
     kernel_c: int = Field(4, ge=1, le=256)
     causal: bool = False
+    gain: Gain = 1.0
 
     def build(self, num_steps: int, channels: int) -> "TCJA":
         """The module for spike trains of `num_steps` steps and `channels` channels."""
-        return TCJA(num_steps, channels, None, self.kernel_c, causal=self.causal)
+        return TCJA(num_steps, channels, None, self.kernel_c, causal=self.causal, gain=self.gain)
 
 
 Attention = Annotated[TCJASpec | TLASpec | CLASpec | MASpec, Field(discriminator="kind")]
@@ -68,7 +76,8 @@ class TCJA(nn.Module):
     as PyTorch does, so that K_T = 4 looks one step back and two ahead. `causal` looks at no later step: the time
     kernel is padded on the left alone, and CLA's mixing of steps is kept to n <= j.
 
-    Without `kernel_t` (or `kernel_c`) that branch is left out and the other one goes to the sigmoid alone.
+    Without `kernel_t` (or `kernel_c`) that branch is left out and the other one goes to the sigmoid alone. `gain`
+    multiplies the gate; it is ours, not the paper's.
     """
 
     mask: Tensor
@@ -82,11 +91,13 @@ class TCJA(nn.Module):
         *,
         fusion: Fusion = "product",
         causal: bool = False,
+        gain: float = 1.0,
     ):
         super().__init__()
         if kernel_t is None and kernel_c is None:
             raise UserError("TCJA needs kernel_t, kernel_c or both; got neither")
         self.num_steps, self.channels, self.fusion, self.causal = num_steps, channels, fusion, causal
+        self.gain = gain
         self.tla = nn.Conv1d(channels, channels, kernel_t, bias=False) if kernel_t else None
         self.cla = nn.Conv1d(num_steps, num_steps, kernel_c, bias=False) if kernel_c else None
         # CLA's weight is [j, n, K_C]: row j, the output step, may look at columns n <= j.
@@ -108,7 +119,7 @@ class TCJA(nn.Module):
         return gated(x, self.gate(x if squeezed is None else squeezed))
 
     def gate(self, x: Float[Tensor, "T B C *hw"]) -> Float[Tensor, "T B C"]:
-        """F of the paper's equation, in (0, 1)."""
+        """F of the paper's equation, in (0, 1), times `gain`."""
         z = x.flatten(3).mean(-1) if x.dim() > 3 else x
         z = z.to(next(self.parameters()).dtype)
         maps = []
@@ -123,10 +134,11 @@ class TCJA(nn.Module):
             right = kernel // 2
             padded = F.pad(z.transpose(0, 1), (kernel - 1 - right, right))
             maps.append(F.conv1d(padded, self.cla.weight * self.mask).transpose(0, 1))
-        if len(maps) == 1:
-            return maps[0].sigmoid()
-        return (maps[0] * maps[1] if self.fusion == "product" else maps[0] + maps[1]).sigmoid()
+        fuse = torch.mul if self.fusion == "product" else torch.add
+        joint = functools.reduce(fuse, maps)
+        return joint.sigmoid() if self.gain == 1 else self.gain * joint.sigmoid()
 
     def extra_repr(self) -> str:
         """The parts that the sub-modules do not show."""
-        return f"num_steps={self.num_steps}, channels={self.channels}, fusion={self.fusion}, causal={self.causal}"
+        sizes = f"num_steps={self.num_steps}, channels={self.channels}"
+        return f"{sizes}, fusion={self.fusion}, causal={self.causal}, gain={self.gain}"

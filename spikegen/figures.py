@@ -186,9 +186,10 @@ def attention(
     columns = min(8, len(gates))
     lines = math.ceil(len(gates) / columns)
     figure = Figure(figsize=(2.2 * columns, 4 * lines), layout="constrained")
+    most = max(1.0, *(gate.map.max().item() for gate in gates))
     for i, gate in enumerate(gates, 1):
         axes = figure.add_subplot(lines, columns, i)
-        drawn = axes.imshow(gate.map.numpy(), vmin=0, vmax=1, interpolation="nearest")
+        drawn = axes.imshow(gate.map.numpy(), vmin=0, vmax=most, interpolation="nearest")
         axes.set_title(gate.block if gate.kind == "joint" else f"{gate.block}: {gate.kind}", fontsize=8)
         if gate.kind != "space":
             axes.set_aspect("auto")

@@ -189,7 +189,7 @@ class SqueezeGate(nn.Module):
 
     def forward(self, mean: Float[Tensor, "*b n"], most: Float[Tensor, "*b n"]) -> Float[Tensor, "*b n"]:
         """Gates in (0, 1)."""
-        # One product for both: W1 is linear, so the branches may join before it. Such small ones take longer in bfloat16.
+        # One product for both: W1 is linear, so the branches may join before it. In bfloat16 so small ones take longer.
         with torch.autocast(mean.device.type, enabled=False):
             mean, most = mean.to(self.w0.weight.dtype), most.to(self.w0.weight.dtype)
             return self.w1(F.relu(self.w0(mean)) + F.relu(self.w0(most))).sigmoid()

@@ -85,11 +85,12 @@ def test_the_papers_equations(steps, channels, kernel, causal):
         TLASpec(kernel_t=kernel, causal=causal),
         CLASpec(kernel_c=kernel, causal=causal),
     ]
+    specs += [spec.model_copy(update={"gain": gain}) for spec, gain in zip(specs, (2.0, 0.5, 1.5, 2.0), strict=True)]
     for spec in specs:
         block = spec.build(steps, channels).double()
         tla, cla = (None if c is None else c.weight.detach() for c in (block.tla, block.cla))
         for b in range(2):
-            gate = by_loops(x[:, b], tla, cla, getattr(spec, "fusion", "product"), causal)
+            gate = spec.gain * by_loops(x[:, b], tla, cla, getattr(spec, "fusion", "product"), causal)
             torch.testing.assert_close(block.gate(x)[:, b], gate)
             torch.testing.assert_close(block(x)[:, b], x[:, b] * gate[:, :, None, None])
 
@@ -160,7 +161,9 @@ def test_shape_and_dtype_are_kept_and_the_gate_is_between_0_and_1(shape, dtype):
 
 @pytest.mark.parametrize("spec", [TCJASpec(), TCJASpec(fusion="sum"), TLASpec(), CLASpec(), TCJASpec(causal=True)])
 def test_silence_is_gated_by_a_half(spec):
-    assert torch.equal(spec.build(5, 3).gate(torch.zeros(5, 2, 3, 4, 4)), torch.full((5, 2, 3), 0.5))
+    silence = torch.zeros(5, 2, 3, 4, 4)
+    assert torch.equal(spec.build(5, 3).gate(silence), torch.full((5, 2, 3), 0.5))
+    assert torch.equal(spec.model_copy(update={"gain": 2.0}).build(5, 3).gate(silence), torch.ones(5, 2, 3))
 
 
 def test_images_do_not_see_each_other():
