@@ -121,7 +121,10 @@ class TCJA(nn.Module):
     def gate(self, x: Float[Tensor, "T B C *hw"]) -> Float[Tensor, "T B C"]:
         """F of the paper's equation, in (0, 1), times `gain`."""
         z = x.flatten(3).mean(-1) if x.dim() > 3 else x
-        z = z.to(next(self.parameters()).dtype)
+        with torch.autocast(z.device.type, enabled=False):  # so small convolutions take longer in bfloat16
+            return self._gate(z.to(next(self.parameters()).dtype))
+
+    def _gate(self, z: Tensor) -> Tensor:
         maps = []
         if self.tla is not None:
             kernel = self.tla.weight.shape[-1]
