@@ -82,7 +82,8 @@ def scan_folder(root: Path) -> tuple[dict[Split, Files], tuple[str, ...]]:
     (trained, learnt), (tested, _) = splits["train"], splits["test"]
     present = {name.parts[0] for name in learnt}
     if trained != tested and (absent := [name for name in classes if name not in present]):
-        raise UserError(f"data.root: {tested} has a class that {trained} has no image of: {', '.join(absent)}")
+        names = ", ".join(absent)
+        raise UserError(f"data.root: {tested} has classes that {trained} has no image of; add some or remove: {names}")
     return {
         split: ([base / n for n in names], [number[n.parts[0]] for n in names] if classes else [])
         for split, (base, names) in splits.items()

@@ -123,9 +123,8 @@ def test_a_class_that_training_lacks_is_named(tmp_path: Path) -> None:
     for name in ("train/cat/1", "train/ant/2", "test/cat/3", "test/bee/4", "test/fly/5"):
         picture(tmp_path / "in" / f"{name}.png", 8, 8)
     root = tmp_path / "in"
-    mistake(
-        lambda: folder(root), "data.root", f"{root / 'test'} has a class", f"{root / 'train'} has no image of: bee, fly"
-    )
+    line = f"{root / 'test'} has classes that {root / 'train'} has no image of; add some or remove: bee, fly"
+    mistake(lambda: folder(root), "data.root", line)
 
 
 def test_labels_stay_with_their_images(tmp_path: Path) -> None:
