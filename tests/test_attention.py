@@ -166,6 +166,14 @@ def test_silence_is_gated_by_a_half(spec):
     assert torch.equal(spec.model_copy(update={"gain": 2.0}).build(5, 3).gate(silence), torch.ones(5, 2, 3))
 
 
+def test_gates_are_not_rounded_where_autocast_rounds():
+    block, x = TCJA(5, 3), spikes(5, 4, 3, 2, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        gate = block.gate(x)
+    assert gate.dtype == torch.float32
+    assert torch.equal(gate, block.gate(x))
+
+
 def test_images_do_not_see_each_other():
     block, x = TCJA(5, 3).double(), spikes(5, 4, 3, 2, 2)
     for b in range(4):

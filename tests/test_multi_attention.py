@@ -10,7 +10,7 @@ from torch import nn
 from spikegen.attention import Attention
 from spikegen.kernels import lif_scan
 from spikegen.kernels.surrogates import ATan
-from spikegen.multi_attention import MASpec
+from spikegen.multi_attention import MASpec, SqueezeGate
 from spikegen.neurons import LIFSpec, ReLUSpec
 from spikegen.spec import UserError
 from spikegen.stages import StageSpec, down_stage
@@ -156,6 +156,14 @@ def test_the_switch_gives_the_published_code(kind):
     x = torch.randn(4, 3, 6, 5, 4).double()
     torch.testing.assert_close(block(x), Published(block)(x.transpose(0, 1)).transpose(0, 1))
     assert MASpec(authors=True, kernel=7).kernel == 7  # its other choice
+
+
+def test_gates_are_not_rounded_where_autocast_rounds():
+    gate, mean, most = SqueezeGate(32, 4), torch.rand(3, 32), torch.rand(3, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = gate(mean, most)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, gate(mean, most))
 
 
 @pytest.mark.parametrize("values", [{"relu": False}, {"per_step": True}])
