@@ -4,22 +4,31 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from benchmarks import attention_rows, score_rows
 from benchmarks.table import Line
-from benchmarks.timing import Setting
+from benchmarks.timing import Setting, Work
 
 QUICK = Setting("cpu", repeats=1, quick=True)
 
 
-def test_attention_is_measured_beside_the_same_network_without() -> None:
-    """Of each network, in fp32 and in bf16, one ratio for each kind of gate."""
+def test_attention_is_measured_beside_the_same_network_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each network, in fp32 and in bf16, one ratio for each kind of gate, and the models have those gates."""
+    kinds, step = [], attention_rows.training_step
+
+    def recorded(model: Any, *rest: Any) -> Work:
+        kinds.append(model.config.attention and model.config.attention.kind)
+        return step(model, *rest)
+
+    monkeypatch.setattr(attention_rows, "training_step", recorded)
     lines = list(attention_rows.attention(QUICK))
     found = [re.findall(r"(\w+) (\d+\.\d{3})", " ".join(each.besides)) for each in lines]
     gates, all_gates = ("ca", "csa", "tcsa"), ("tcja", "ca", "csa", "tcsa")
     assert [tuple(name for name, _ in each) for each in found] == [gates] * 2 + [all_gates] * 2 + [("csa",)] * 2
+    assert kinds == [None, *gates] * 2 + [None, *all_gates] * 2 + [None, "csa"] * 2
     assert all(float(ratio) > 0 for each in found for _, ratio in each)
 
 
