@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from spikegen.kernels.gating import gated
 from spikegen.multi_attention import MASpec
-from spikegen.spec import Spec, UserError
+from spikegen.spec import Spec, UserError, default_kind
 
 Fusion = Literal["product", "sum"]
 Gain = Annotated[float, Field(gt=0, le=16)]
@@ -65,7 +65,8 @@ class CLASpec(Spec):
         return TCJA(num_steps, channels, None, self.kernel_c, causal=self.causal, gain=self.gain)
 
 
-Attention = Annotated[TCJASpec | TLASpec | CLASpec | MASpec, Field(discriminator="kind")]
+AnyAttention = TCJASpec | TLASpec | CLASpec | MASpec
+Attention = Annotated[Annotated[AnyAttention, Field(discriminator="kind")], default_kind("tcja")]
 
 
 class TCJA(nn.Module):

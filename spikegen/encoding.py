@@ -8,7 +8,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from spikegen.spec import Spec
+from spikegen.spec import Spec, default_kind
 
 
 class DirectSpec(Spec):
@@ -51,7 +51,8 @@ class FramesSpec(Spec):
         return Frames(num_steps)
 
 
-EncodingSpec = Annotated[DirectSpec | RateSpec | LatencySpec | FramesSpec, Field(discriminator="kind")]
+AnyEncoding = DirectSpec | RateSpec | LatencySpec | FramesSpec
+EncodingSpec = Annotated[Annotated[AnyEncoding, Field(discriminator="kind")], default_kind("direct")]
 
 
 class Encoding(ABC):

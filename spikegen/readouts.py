@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from spikegen.attention import TCJA
-from spikegen.spec import Spec
+from spikegen.spec import Spec, default_kind
 from spikegen.stages import fold_time
 
 
@@ -54,7 +54,8 @@ class RateReadoutSpec(Spec):
         return MembraneReadout(self, inputs, channels, num_steps)
 
 
-Readout = Annotated[MembraneSpec | TCJAReadoutSpec | RateReadoutSpec, Field(discriminator="kind")]
+AnyReadout = MembraneSpec | TCJAReadoutSpec | RateReadoutSpec
+Readout = Annotated[Annotated[AnyReadout, Field(discriminator="kind")], default_kind("membrane")]
 
 
 class MembraneReadout(nn.Module):

@@ -202,6 +202,23 @@ def test_a_surrogate_by_name_is_short_for_its_kind() -> None:
     assert short.model.neuron.surrogate.kind == "fast_sigmoid"
 
 
+@pytest.mark.parametrize(
+    ("part", "kind", "key", "value"),
+    [
+        ("model.attention", "tcja", "gain", 2),
+        ("model.stages.0.attention", "tcja", "kernel_t", 2),
+        ("model.neuron.surrogate", "atan", "alpha", 3),
+        ("model.readout", "membrane", "decay", 0.5),
+        ("prior.network.attention", "tcja", "gain", 2),
+    ],
+)
+def test_a_part_whose_kind_is_not_said_is_of_the_default_kind(part: str, kind: str, key: str, value: Any) -> None:
+    said = load_config("mnist", {part: {"kind": kind, key: value}})
+    assert said == load_config("mnist", {part: {key: value}})
+    assert said != load_config("mnist")
+    assert load_config("mnist", {"model.encoding": {}}) == load_config("mnist")
+
+
 def test_a_mapping_of_overrides_is_the_same_as_strings() -> None:
     assert load_config("digits", {"training.epochs": 3}) == load_config("digits", ["training.epochs=3"])
 
@@ -216,7 +233,8 @@ def test_a_mapping_of_overrides_is_the_same_as_strings() -> None:
             "model.attention.kernel_x is not a key of model.attention; did you mean kernel_",
         ),
         ("model.attention.kind=tcjx", "model.attention.kind is 'tcjx'; did you mean tcja?"),
-        ("model.attention={kernel_t: 3}", "model.attention"),
+        ("model.attention={gain: 0}", "model.attention.gain"),
+        ("model.attention.placement=post", "is only for model.attention.kind ca, csa"),
         ("model.neuron.surrogate=atann", "model.neuron.surrogate.kind is 'atann'; did you mean atan?"),
         ("model.neuron.reset=soft", "model.neuron.reset is 'soft'; choose from subtract, zero"),
         ("model.latent.kind=bernouli", "did you mean bernoulli?"),

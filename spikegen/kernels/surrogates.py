@@ -8,7 +8,7 @@ from jaxtyping import Float
 from pydantic import BeforeValidator, Field
 from torch import Tensor
 
-from spikegen.spec import Spec
+from spikegen.spec import Spec, default_kind
 
 Compiled = tuple[int, float, float, float]
 """A surrogate for the fused engines: which formula, and its constants a, b, c."""
@@ -120,4 +120,6 @@ def _by_name(value: Any) -> Any:
 
 
 AnySurrogate = ATan | FastSigmoid | Sigmoid | Triangle | Rectangle | StraightThrough
-Surrogate = Annotated[AnySurrogate, Field(discriminator="kind"), BeforeValidator(_by_name)]
+Surrogate = Annotated[
+    Annotated[AnySurrogate, Field(discriminator="kind")], default_kind("atan"), BeforeValidator(_by_name)
+]
