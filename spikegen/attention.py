@@ -65,8 +65,7 @@ class CLASpec(Spec):
         return TCJA(num_steps, channels, None, self.kernel_c, causal=self.causal, gain=self.gain)
 
 
-AnyAttention = TCJASpec | TLASpec | CLASpec | MASpec
-Attention = Annotated[Annotated[AnyAttention, Field(discriminator="kind")], default_kind("tcja")]
+Attention = Annotated[TCJASpec | TLASpec | CLASpec | MASpec, Field(discriminator="kind"), default_kind("tcja")]
 
 
 class TCJA(nn.Module):

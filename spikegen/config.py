@@ -64,8 +64,8 @@ class ClassifierLosses(Spec):
     firing_rate_target: float = Field(0.2, ge=0, le=1)
 
 
-Losses = Annotated[Annotated[LossesConfig | ClassifierLosses, Field(discriminator="kind")], default_kind("vae")]
-Model = Annotated[Annotated[ModelConfig | ClassifierConfig, Field(discriminator="kind")], default_kind("vae")]
+Losses = Annotated[LossesConfig | ClassifierLosses, Field(discriminator="kind"), default_kind("vae")]
+Model = Annotated[ModelConfig | ClassifierConfig, Field(discriminator="kind"), default_kind("vae")]
 
 
 class LoopConfig(Spec):

@@ -18,7 +18,7 @@ from spikegen.stages import Stage, StageSpec, down_stage
 from spikegen.threshold_norm import ThresholdNorm
 
 EncoderStageSpec = StageSpec | StemSpec | ResidualSpec
-EncoderStage = Annotated[Annotated[EncoderStageSpec, Field(discriminator="kind")], default_kind("conv")]
+EncoderStage = Annotated[EncoderStageSpec, Field(discriminator="kind"), default_kind("conv")]
 
 
 def check_stages(stages: Sequence[EncoderStageSpec]) -> None:

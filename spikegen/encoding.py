@@ -52,7 +52,7 @@ class FramesSpec(Spec):
 
 
 AnyEncoding = DirectSpec | RateSpec | LatencySpec | FramesSpec
-EncodingSpec = Annotated[Annotated[AnyEncoding, Field(discriminator="kind")], default_kind("direct")]
+EncodingSpec = Annotated[AnyEncoding, Field(discriminator="kind"), default_kind("direct")]
 
 
 class Encoding(ABC):

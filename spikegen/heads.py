@@ -79,7 +79,7 @@ class SpikingHeadSpec(Spec):
         return SpikingHead(self, math.prod(shape), num_classes, num_steps, neuron, engine, alpha)
 
 
-Head = Annotated[Annotated[HeadSpec | SpikingHeadSpec, Field(discriminator="kind")], default_kind("rate")]
+Head = Annotated[HeadSpec | SpikingHeadSpec, Field(discriminator="kind"), default_kind("rate")]
 
 
 class RateHead(nn.Module):

@@ -67,7 +67,7 @@ class ReLUSpec(Spec):
 
 
 NeuronSpec = LIFSpec | ReLUSpec
-Neuron = Annotated[Annotated[NeuronSpec, Field(discriminator="kind")], default_kind("lif")]
+Neuron = Annotated[NeuronSpec, Field(discriminator="kind"), default_kind("lif")]
 
 
 class LIF(nn.Module):

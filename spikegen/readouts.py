@@ -54,8 +54,7 @@ class RateReadoutSpec(Spec):
         return MembraneReadout(self, inputs, channels, num_steps)
 
 
-AnyReadout = MembraneSpec | TCJAReadoutSpec | RateReadoutSpec
-Readout = Annotated[Annotated[AnyReadout, Field(discriminator="kind")], default_kind("membrane")]
+Readout = Annotated[MembraneSpec | TCJAReadoutSpec | RateReadoutSpec, Field(discriminator="kind"), default_kind("membrane")]
 
 
 class MembraneReadout(nn.Module):

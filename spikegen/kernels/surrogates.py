@@ -120,6 +120,4 @@ def _by_name(value: Any) -> Any:
 
 
 AnySurrogate = ATan | FastSigmoid | Sigmoid | Triangle | Rectangle | StraightThrough
-Surrogate = Annotated[
-    Annotated[AnySurrogate, Field(discriminator="kind")], default_kind("atan"), BeforeValidator(_by_name)
-]
+Surrogate = Annotated[AnySurrogate, Field(discriminator="kind"), default_kind("atan"), BeforeValidator(_by_name)]

@@ -18,7 +18,7 @@ from spikegen.latents.spatial import Spatial, SpatialSpec
 from spikegen.spec import default_kind
 
 LatentSpec = BernoulliSpec | PoissonSpec | GaussianSpec | SpatialSpec
-Latent = Annotated[Annotated[LatentSpec, Field(discriminator="kind")], default_kind("bernoulli")]
+Latent = Annotated[LatentSpec, Field(discriminator="kind"), default_kind("bernoulli")]
 LatentModule = Bernoulli | Poisson | Gaussian | Spatial
 
 __all__ = [
