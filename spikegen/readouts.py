@@ -54,7 +54,8 @@ class RateReadoutSpec(Spec):
         return MembraneReadout(self, inputs, channels, num_steps)
 
 
-Readout = Annotated[MembraneSpec | TCJAReadoutSpec | RateReadoutSpec, Field(discriminator="kind"), default_kind("membrane")]
+AnyReadout = MembraneSpec | TCJAReadoutSpec | RateReadoutSpec
+Readout = Annotated[AnyReadout, Field(discriminator="kind"), default_kind("membrane")]
 
 
 class MembraneReadout(nn.Module):
