@@ -128,6 +128,8 @@ class RefinementConfig(LoopConfig):
     """Weight of what the discriminator says, beside reconstruction's, which is 1."""
     perceptual: float = Field(0.0, ge=0)
     """Weight of the copies' distance to their images, as `training.losses.perceptual` has it."""
+    matching: float = Field(0.0, ge=0)
+    """Weight of how far a label's samples are from its images on average, as that classifier sees them."""
     penalty: float = Field(0.1, ge=0)
     """Weight of half the squared slope of the discriminator at images and at samples, in its own loss."""
     width: int = Field(32, ge=1, le=2**12)
@@ -162,6 +164,17 @@ class Config(Spec):
     prior: PriorConfig | None = None
     refinement: RefinementConfig | None = None
     scoring: ScoringConfig = ScoringConfig()
+
+    @property
+    def judged(self) -> dict[str, float]:
+        """The weights of the losses that look through the data's shipped classifier, those that are not 0."""
+        losses, refined = self.training.losses, self.refinement
+        weights: dict[str, float] = {}
+        if isinstance(losses, LossesConfig):
+            weights["training.losses.perceptual"] = losses.perceptual
+        if refined is not None:
+            weights |= {"refinement.perceptual": refined.perceptual, "refinement.matching": refined.matching}
+        return {key: weight for key, weight in weights.items() if weight}
 
     @model_validator(mode="before")
     @classmethod

@@ -1,5 +1,6 @@
 """The phases of a run: the autoencoder, a prior over its spikes, and the decoder's refinement."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import cast
 
@@ -12,7 +13,7 @@ from spikegen.augment import augment
 from spikegen.classifier import SpikingClassifier
 from spikegen.config import ClassifierLosses, Config, LossesConfig, PriorConfig, RefinementConfig
 from spikegen.data import ImageSet, default_root, to_model, to_uint8
-from spikegen.extractors import CNN_SIZES, SmallCNN, load_cnn, load_extractor
+from spikegen.extractors import CNN_SIZES, Features, SmallCNN, load_cnn, load_extractor
 from spikegen.features import extract, real_statistics
 from spikegen.grading import over_clips, predict
 from spikegen.loop import Parts, Phase, Session, State, average_of, leave_if_stopped
@@ -22,7 +23,7 @@ from spikegen.objective import classifier_parts, loss_parts, perceived
 from spikegen.prior import MaskedPrior
 from spikegen.progress import progress_bar
 from spikegen.references import BATCH, Reference
-from spikegen.refining import Game
+from spikegen.refining import FeatureMatching, Game
 from spikegen.sampling import in_precision
 from spikegen.spec import UserError
 from spikegen.vae import SpikingVAE
@@ -38,7 +39,7 @@ def autoencoder_phase(session: Session, model: SpikingVAE) -> Phase:
     assert isinstance(spec, LossesConfig)
     average = average_of(model, config.training.ema)
     averaged = cast(SpikingVAE, average.module)
-    judge = load_judge(config, "training.losses", spec.perceptual)
+    judge = load_judge(config, "training")
     if judge is not None:
         judge.to(session.accelerator.device)
 
@@ -85,15 +86,14 @@ def classifier_phase(session: Session, model: SpikingClassifier) -> Phase:
     return Phase(0, settings, len(session.train_set), 0, model, average, averaged, loss, evaluate)
 
 
-def load_judge(config: Config, section: str, weight: float) -> SmallCNN | None:
-    """The network of that section's perceptual loss, if it has a weight; UserError where the data has none."""
-    if not weight:
+def load_judge(config: Config, section: str) -> SmallCNN | None:
+    """The network of that section's losses that need one, if any does; UserError where the data has no such network."""
+    name, needing = config.data.name, [key for key in config.judged if key.startswith(section)]
+    if not needing:
         return None
-    name = config.data.name
     if name not in CNN_SIZES:
         raise UserError(
-            f"{section}.perceptual needs a shipped classifier, which {name} has not, only {', '.join(CNN_SIZES)}; "
-            "set it to 0"
+            f"{needing[0]} needs a shipped classifier, which {name} has not, only {', '.join(CNN_SIZES)}; set it to 0"
         )
     return load_cnn(name).eval().requires_grad_(False)
 
@@ -141,22 +141,33 @@ def refining_phase(
     frozen = _agreed(vae, session)
     spikes, labels = (state["spikes"], state["labels"]) if state else _draw(session, vae, settings, seen)
     kept = {"vae": frozen, "spikes": spikes, "labels": labels}
-    judge = load_judge(session.config, "refinement", settings.perceptual)
-    game = Game(vae, settings.width, None if judge is None else partial(perceived, judge.to(vae.device)))
+    distance = matching = None
+    if (judge := load_judge(session.config, "refinement")) is not None:
+        judge.to(vae.device)
+        if settings.perceptual:
+            distance = partial(perceived, judge)
+        if settings.matching:
+            features = partial(_features, judge)
+            expected = state["model"]["matching.expected"] if state else _label_means(session, vae, features, seen)
+            matching = FeatureMatching(features, expected)
+    game = Game(vae, settings.width if settings.adversarial else 0, distance, matching)
     average = average_of(game, settings.ema)
     averaged = cast(Game, average.module).vae
     conditional = vae.config.conditional
+    weights = {
+        "recon": 1,
+        "perceptual": settings.perceptual,
+        "matching": settings.matching,
+        "adversarial": settings.adversarial,
+        "discriminator": 1,
+        "penalty": settings.penalty / 2,
+    }
 
     def loss(wrapped: nn.Module, image: Tensor, label: Tensor | None, progress: float) -> Parts:
         which = torch.randint(spikes.shape[1], (len(image),)).to(spikes.device)
         drawn = None if labels is None else labels[which]
         parts: Parts = wrapped(image, label if conditional else None, spikes[:, which].to(image.dtype), drawn)
-        return parts | {
-            "loss/recon": parts["recon"],
-            **({} if judge is None else {"loss/perceptual": settings.perceptual * parts["perceptual"]}),
-            "loss/adversarial": settings.adversarial * parts["adversarial"],
-            "loss/discriminator": parts["discriminator"] + settings.penalty / 2 * parts["penalty"],
-        }
+        return parts | {f"loss/{name}": weight * parts[name] for name, weight in weights.items() if name in parts}
 
     return Phase(
         2, settings, len(session.train_set), seen, game, average, averaged, loss,
@@ -165,6 +176,11 @@ def refining_phase(
 
 
 # ---- parts of the above ----------------------------------------------------------------------------------------------
+
+
+def _features(judge: SmallCNN, images: Tensor) -> Tensor:
+    found: Features = judge(images)
+    return found.features
 
 
 def _agreed(vae: SpikingVAE, session: Session) -> State:
@@ -210,6 +226,25 @@ def _draw(session: Session, vae: SpikingVAE, settings: RefinementConfig, seen: i
             labels += [] if label is None else [label]
             bar.advance(task, part.shape[1])
     return torch.cat(spikes, 1), torch.cat(labels) if labels else None
+
+
+@torch.no_grad()
+def _label_means(session: Session, vae: SpikingVAE, features: Callable[[Tensor], Tensor], seen: int) -> Tensor:
+    """The mean features [K, d] of each label's training images, NaN where there are none; without labels of all.
+
+    Where training flips images, they are of the images and their mirror images.
+    """
+    data, found = session.train_set, []
+    for k in range(0, len(data), BATCH):
+        leave_if_stopped(session, seen)
+        images = to_model(data.images[k : k + BATCH].to(vae.device))
+        views = [images, images.flip(-1)] if session.config.data.flip else [images]
+        found.append(torch.stack([features(view) for view in views]).mean(0))
+    each, labels, kinds = torch.cat(found), data.labels, len(vae.classes)
+    if labels is None or not vae.config.conditional:
+        labels, kinds = torch.zeros(len(data), dtype=torch.int64), 1
+    chosen = F.one_hot(labels.to(each.device), kinds).to(each.dtype)
+    return chosen.T @ each / chosen.sum(0)[:, None]
 
 
 @torch.no_grad()

@@ -1,7 +1,8 @@
 """Refining the decoder: a network learns to tell samples from images, the decoder to make that hard.
 
 The two play the relativistic game (RpGAN with zero-centred penalties, arXiv 2501.05441), over spikes that the frozen
-prior drew once; copies of images must stay what they were. The discriminator is an ordinary network that training
+prior drew once; copies of images must stay what they were. Beside it, or alone, what a fixed network sees in a label's
+samples must be on average what it sees in the label's images. The discriminator is an ordinary network that training
 alone needs: it is not saved with the model.
 """
 
@@ -18,6 +19,9 @@ from spikegen.vae import SpikingVAE
 
 PROBE = 0.01
 """The standard deviation of the steps in which the penalty measures a slope, in units of pixels in [-1, 1]."""
+
+MEMORY = 0.99
+"""What each new sample of a label leaves of its running mean: that of the newest hundred or so."""
 
 
 class Discriminator(nn.Module):
@@ -49,20 +53,58 @@ class Discriminator(nn.Module):
         return score
 
 
+class FeatureMatching(nn.Module):
+    """How far the mean features of each label's samples are from those of its images (feature matching,
+    arXiv 1606.03498, by label).
+
+    A batch has too few samples of a label for a mean, so theirs runs on from batch to batch; the gradient is that of
+    the batch's share. `expected` are the images' means; NaN for a label that has none, whose samples do not count.
+    """
+
+    expected: Tensor
+    running: Tensor
+
+    def __init__(self, features: Callable[[Tensor], Tensor], expected: Float[Tensor, "K d"]):
+        super().__init__()
+        self.features = features
+        self.register_buffer("expected", expected)
+        self.register_buffer("running", expected.clone())
+
+    def forward(self, samples: Float[Tensor, "B C H W"], label: Int64[Tensor, " B"] | None) -> Float[Tensor, ""]:
+        """The squared distance, the mean over the samples' labels; every sample is of label 0 where there are none."""
+        found = self.features(samples).float()
+        label = torch.zeros(len(found), dtype=torch.int64, device=found.device) if label is None else label
+        chosen = F.one_hot(label, len(self.expected)).to(found.dtype)
+        count = chosen.sum(0)
+        newest = chosen.T @ found / count.clamp(min=1)[:, None]
+        with torch.no_grad():
+            self.running.lerp_(newest, 1 - MEMORY ** count[:, None])
+        apart = (self.running - self.expected).nan_to_num()
+        squared = (apart + newest - newest.detach()).square().sum(1)  # its slope is 2 apart, whatever the batch's share
+        return (squared * count).sum() / count.sum()
+
+
 class Game(nn.Module):
     """Both players; of the model only the decoder learns, its norms as they are in sampling.
 
-    `distance`, of copies to their images, is a term of its own where it is given.
+    `distance`, of copies to their images, and `matching`, of samples to images, are terms of their own where they are
+    given. `width` is the discriminator's; at 0 there is none, and the decoder plays alone.
     """
 
-    def __init__(self, vae: SpikingVAE, width: int, distance: Callable[[Tensor, Tensor], Tensor] | None = None):
+    def __init__(
+        self,
+        vae: SpikingVAE,
+        width: int,
+        distance: Callable[[Tensor, Tensor], Tensor] | None = None,
+        matching: FeatureMatching | None = None,
+    ):
         super().__init__()
-        self.distance = distance
+        self.distance, self.matching = distance, matching
         self.vae = vae.requires_grad_(False)
         for part in (vae.expand, vae.decoder, vae.readout):
             part.requires_grad_(True)
         labels = len(vae.classes) if vae.config.conditional else 0
-        self.discriminator = Discriminator(vae.image_shape, labels, width).to(vae.device)
+        self.discriminator = Discriminator(vae.image_shape, labels, width).to(vae.device) if width else None
 
     def train(self, mode: bool = True) -> "Game":
         """The model stays in evaluation mode."""
@@ -88,10 +130,13 @@ class Game(nn.Module):
             return {
                 "recon": reconstruction(copies, image),
                 **({} if self.distance is None else {"perceptual": self.distance(copies, image)}),
+                **({} if self.matching is None else {"matching": self.matching(samples, drawn_label)}),
                 **self._scores(image, label, samples, drawn_label),
             }
 
     def _scores(self, image: Tensor, label: Tensor | None, samples: Tensor, drawn: Tensor | None) -> dict[str, Tensor]:
+        if self.discriminator is None:
+            return {}
         given = samples.detach()
         labels = None if label is None or drawn is None else torch.cat([label, drawn] * 2)
         both = torch.cat([image, given])

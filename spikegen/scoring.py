@@ -12,7 +12,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from spikegen.classifier import SpikingClassifier
-from spikegen.config import Config, LossesConfig, ScoringConfig
+from spikegen.config import Config, ScoringConfig
 from spikegen.data import default_root
 from spikegen.extractors import Extractor, default_extractor, load_extractor
 from spikegen.grading import grade
@@ -119,13 +119,12 @@ class _Timed:
 
 
 def _learnt_with(network: Extractor | None, config: Config | None) -> bool | None:
-    """Whether training had the perceptual loss of this very extractor; None where the model does not say."""
+    """Whether this very extractor's features were part of training's losses; None where the model does not say."""
     if network is None or network.name != "cnn":
         return False
     if config is None:
         return None
-    losses, refined = config.training.losses, config.refinement
-    if not ((isinstance(losses, LossesConfig) and losses.perceptual) or (refined and refined.perceptual)):
+    if not config.judged:
         return False
     return network.weights_sha256 == load_extractor("cnn", config.data.name, "cpu").weights_sha256
 

@@ -62,7 +62,7 @@ class Score:
         lines.append(self._made_of())
         learnt = self.settings.get("learnt_with_extractor", False)
         if learnt:
-            lines.append("the model learnt with the perceptual loss of this very extractor: what it measures flatters")
+            lines.append("the model learnt with the features of this very extractor: what it measures flatters")
         elif learnt is None:
             lines.append("whether the model learnt with this very extractor, whose figures then flatter, is not known")
         return "\n".join(lines)

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch.utils.tensorboard import SummaryWriter
 
 from spikegen.classifier import SpikingClassifier
-from spikegen.config import Config, LossesConfig
+from spikegen.config import Config
 from spikegen.data import ImageSet
 from spikegen.images import Part, to_input
 from spikegen.isometry import warn_if_unstable
@@ -136,10 +136,8 @@ def dry_run(config: Config) -> str:
 
 
 def _built(config: Config) -> str:
-    if isinstance(config.training.losses, LossesConfig):
-        load_judge(config, "training.losses", config.training.losses.perceptual)
-    if config.refinement is not None:
-        load_judge(config, "refinement", config.refinement.perceptual)
+    for section in ("training", "refinement"):
+        load_judge(config, section)
     with torch.device("meta"):
         model = build_model(config, config.data.class_names())
         if config.prior is not None and isinstance(model, SpikingVAE):

@@ -292,6 +292,10 @@ def test_what_cannot_be_built_is_found_before_the_data_is_read(tmp_path: Path) -
             {**SPATIAL, **PRIOR, "data__name": "cifar10", "refinement": {"perceptual": 1.0}},
             "refinement.perceptual needs a shipped",
         ),
+        (
+            {**SPATIAL, **PRIOR, "data__name": "cifar10", "refinement": {"matching": 1.0}},
+            "refinement.matching needs a shipped",
+        ),
     ):
         with pytest.raises(UserError, match=line):
             train(tiny_config(**absent | changes), tmp_path / "run", device="cpu")
