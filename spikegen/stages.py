@@ -105,10 +105,11 @@ class Stage(nn.Module):
         else:
             spikes, rate = self.neuron.fire(current, None if norm is None else norm.of(current, self.bias), steps)
         spikes = spikes.to(dtype)
+        if self.pool is not None and not self.pools_currents:
+            # Before TCJA's gate, which is one positive number for all of a map: the same, with fewer places to gate.
+            spikes = fold_time(self.pool, spikes)
         if attention is not None and not isinstance(attention, MultiAttention):
             spikes = attention(spikes, rate)
-        if self.pool is not None and not self.pools_currents:
-            spikes = fold_time(self.pool, spikes)
         return spikes, rate.mean()
 
     def _fire_attended(

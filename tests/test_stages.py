@@ -141,3 +141,29 @@ def test_attention_gates_the_spikes_and_the_rate_is_the_neurons(name):
     assert torch.equal(gated, with_attention.attention(spikes))
     assert not torch.equal(gated, spikes)
     assert rate == same_rate == spikes.mean()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["max", "avg"])
+@pytest.mark.parametrize("fusion", ["product", "sum"])
+@pytest.mark.parametrize("size", [(8, 6), (7, 9)])
+def test_spikes_are_pooled_as_if_gated_before_with_the_gate_of_all_places(dtype, kind, fusion, size):
+    attention = TCJASpec(fusion=fusion, gain=2).build(3, 4)
+    spec = StageSpec(channels=4, stride=1, pool={"kind": kind, "size": 2})
+    stage = down_stage(spec, 3, NEURON, "auto", attention).to(dtype)
+    current = torch.randn(3, 2, 4, *size, dtype=dtype)
+    weights = list(attention.parameters())
+
+    def outcome(spikes):
+        share = torch.linspace(-1, 1, spikes.numel(), dtype=dtype).view(spikes.shape)
+        return spikes.detach(), *torch.autograd.grad((spikes * share).sum(), [leaf, *weights])
+
+    leaf = current.clone().requires_grad_()
+    found = outcome(stage.fire(leaf, 3)[0])
+    leaf = current.clone().requires_grad_()
+    norm = stage.norm.of(leaf, stage.bias)
+    spikes, _ = stage.neuron.fire(leaf, norm, 3)
+    expected = outcome(fold_time(stage.pool, attention(spikes.to(dtype))))
+    assert found[0].count_nonzero() > 0
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, **({"atol": 0.02, "rtol": 0.02} if dtype == torch.bfloat16 else {}))
