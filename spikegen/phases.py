@@ -148,8 +148,7 @@ def refining_phase(
             distance = partial(perceived, judge)
         if settings.matching:
             features = partial(_features, judge)
-            expected = state["model"]["matching.expected"] if state else _label_means(session, vae, features, seen)
-            matching = FeatureMatching(features, expected)
+            matching = FeatureMatching(features, _label_means(session, vae, features, seen))
     game = Game(vae, settings.width if settings.adversarial else 0, distance, matching)
     average = average_of(game, settings.ema)
     averaged = cast(Game, average.module).vae
