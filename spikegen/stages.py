@@ -23,8 +23,8 @@ def fold_time(layer: Callable[[Tensor], Tensor], x: Float[Tensor, "T B *n"]) -> 
 
 
 class PoolSpec(Spec):
-    """Pooling of size x size places: of the spikes, after the attention (the TCJA networks), or of the currents,
-    between norm and neuron (the MA-SNN ones). Averaged spikes are no longer binary."""
+    """Pooling of size x size places: of the spikes that the attention has squeezed (the TCJA networks), or of the
+    currents, between norm and neuron (the MA-SNN ones). Averaged spikes are no longer binary."""
 
     kind: Literal["max", "avg"] = "max"
     size: int = Field(2, ge=2, le=64)
@@ -106,7 +106,8 @@ class Stage(nn.Module):
             spikes, rate = self.neuron.fire(current, None if norm is None else norm.of(current, self.bias), steps)
         spikes = spikes.to(dtype)
         if self.pool is not None and not self.pools_currents:
-            # Before TCJA's gate, which is one positive number for all of a map: the same, with fewer places to gate.
+            # The TCJA networks pool what is gated. Its gate is one positive number for all of a map: the same, with
+            # fewer places to gate.
             spikes = fold_time(self.pool, spikes)
         if attention is not None and not isinstance(attention, MultiAttention):
             spikes = attention(spikes, rate)
