@@ -16,6 +16,7 @@ from benchmarks.steps import build, fsvae, images, step, training_step
 from benchmarks.table import Line, line
 from benchmarks.timing import Setting, Work, race
 from spikegen.config import Config
+from spikegen.objective import loss_parts, total_loss
 from spikegen.vae import SpikingVAE
 
 TUTORIAL = "snnTorch as its tutorials write it"

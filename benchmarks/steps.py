@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from benchmarks.timing import Setting, Work
 from spikegen.classifier import SpikingClassifier
 from spikegen.config import Config, LossesConfig, load_config
+from spikegen.graphs import WARM_UP, RecordedPass
 from spikegen.objective import classifier_parts, loss_parts, total_loss
 from spikegen.training import build_model
 from spikegen.vae import SpikingVAE
@@ -42,9 +43,12 @@ def training_step(
     setting: Setting,
     bf16: bool,
 ) -> Work:
-    """The step of `spikegen.training` less clipping and averaging: autocast around the forward pass, fused AdamW."""
+    """The step of `spikegen.training` less clipping and averaging: autocast around the forward pass, fused AdamW.
 
-    def loss() -> Tensor:
+    On a CUDA device the passes are a recorded graph where training's are.
+    """
+
+    def loss(image: Tensor, label: Tensor | None) -> Tensor:
         spec = config.training.losses
         with setting.autocast(bf16):
             output = model(image, label) if isinstance(model, SpikingVAE) else model(image)
@@ -53,7 +57,25 @@ def training_step(
         assert label is not None
         return total_loss(classifier_parts(output, F.one_hot(label, len(model.classes)).float(), spec))
 
-    return step(loss, torch.optim.AdamW(model.parameters(), lr=config.training.lr, fused=True))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.training.lr, fused=True)
+    if setting.device != "cuda" or (isinstance(model, SpikingVAE) and not model.latent.steady):
+        return step(lambda: loss(image, label), optimizer)
+
+    def passes(image: Tensor, label: Tensor | None) -> dict[str, Tensor]:
+        optimizer.zero_grad(set_to_none=True)
+        value = loss(image, label)
+        value.backward()
+        return {"loss": value.detach()}
+
+    recorded = RecordedPass(passes, model.device)
+
+    def work() -> None:
+        recorded(image, label)
+        optimizer.step()
+
+    for _ in range(WARM_UP + 1):  # it is recorded here
+        work()
+    return work
 
 
 def step(loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer) -> Work:

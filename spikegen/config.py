@@ -106,6 +106,8 @@ class TrainingConfig(LoopConfig):
     """Test images in an evaluation; a classifier's are of the validation split."""
     keep_checkpoints: int = Field(2, ge=1)
     tensorboard: bool = True
+    cuda_graphs: bool = True
+    """On a CUDA device, replay a step recorded once; what cannot be recorded is launched as elsewhere."""
 
 
 class PriorConfig(LoopConfig):

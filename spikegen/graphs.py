@@ -1,14 +1,20 @@
-"""CUDA graphs: a call recorded once and replayed for every chunk of samples, without its thousands of launches.
+"""CUDA graphs: a call recorded once and replayed for every chunk of samples, or every training step, without its
+thousands of launches.
 
 And a loop that `torch.export` records as a loop.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 Call = Callable[[Tensor, Tensor | None], Tensor]
+Pass = Callable[[Tensor, Tensor | None], dict[str, Tensor]]
+
+WARM_UP = 3
+"""Training steps before one is recorded: kernels are compiled, and libraries choose theirs."""
 
 
 def recorded(call: Call, first: Tensor, second: Tensor | None, times: int) -> Call:
@@ -43,6 +49,66 @@ def _record(call: Call, first: Tensor, second: Tensor | None) -> Call:
         return output.clone()
 
     return replay
+
+
+class RecordedPass:
+    """A training step's forward and backward pass as one graph: what it leaves in `.grad` and returns is overwritten
+    by the next.
+
+    `work` has to be the same at every call but for its arguments' values, whose shapes and dtypes stay, and what it
+    draws from the device's generator; it has to make every gradient anew. Work that waits for the device, which no
+    graph can, goes on as it is.
+    """
+
+    def __init__(self, work: Pass, device: torch.device):
+        self.work, self.side, self.calls, self.waits = work, torch.cuda.Stream(device), 0, False
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self, first: Tensor, second: Tensor | None) -> dict[str, Tensor]:
+        """What `work` returns, detached."""
+        self.calls += 1
+        with torch.cuda.device(first.device):
+            if self.waits or self.calls < WARM_UP:
+                return self._plain(first, second)
+            if self.calls == WARM_UP:
+                return self._watched(first, second)
+            if self.graph is None:
+                self.graph = self._record(first, second)
+            for own, given in ((self.first, first), (self.second, second)):
+                if own is not None and given is not None:
+                    own.copy_(given)
+            self.graph.replay()
+            return self.outputs
+
+    def _plain(self, first: Tensor, second: Tensor | None) -> dict[str, Tensor]:
+        """Unrecorded, but on the stream of the recording, to which autograd ties the parameters."""
+        self.side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.side):
+            outputs = self.work(first, second)
+        torch.cuda.current_stream().wait_stream(self.side)
+        return outputs
+
+    def _watched(self, first: Tensor, second: Tensor | None) -> dict[str, Tensor]:
+        """Unrecorded, and again where it waits for the device: to record that would break torch's generator."""
+        drawn, mode = torch.cuda.get_rng_state(), torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return self._plain(first, second)
+        except RuntimeError as error:
+            self.waits = True
+            reason = str(error).partition("\n")[0]
+            warnings.warn(f"training steps cannot be recorded, and take longer: {reason}", stacklevel=3)
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+        torch.cuda.set_rng_state(drawn)
+        return self._plain(first, second)
+
+    def _record(self, first: Tensor, second: Tensor | None) -> torch.cuda.CUDAGraph:
+        self.first, self.second = first.clone(), None if second is None else second.clone()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self.side, capture_error_mode="thread_local"):
+            self.outputs = self.work(self.first, self.second)
+        return graph
 
 
 def repeated(step: Callable[..., Tensor], state: Tensor, items: Sequence[tuple[int, ...]]) -> Tensor:

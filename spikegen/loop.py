@@ -18,6 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 from spikegen.classifier import SpikingClassifier
 from spikegen.config import Config, LoopConfig
 from spikegen.data import ImageSet, batch_indices, flip_mask, to_uint8
+from spikegen.graphs import RecordedPass
 from spikegen.images import to_input
 from spikegen.objective import total_loss
 from spikegen.plots import save_grid
@@ -66,6 +67,10 @@ class Phase:
     loss: Callable[[nn.Module, Tensor, Tensor | None, float], Parts]
     """Of (the module as prepared for these processes, images, labels, progress): terms as `loss_parts` gives them."""
     evaluate: Callable[[], dict[str, float]]
+    prepare: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]] = lambda image, label: (image, label)
+    """What becomes of a batch before: all that is drawn on the CPU."""
+    steady: bool = True
+    """Whether every step does the same on the device, whatever the progress: a CUDA graph can then replay it."""
     kept: Callable[[], State] = field(default=dict)
     """What of the phases before a checkpoint has to hold."""
 
@@ -80,9 +85,24 @@ class Phase:
         return self.first + self.steps * self.settings.batch_size
 
 
-def average_of(module: nn.Module, decay: float) -> AveragedModel:
-    """The exponential moving average that is saved; buffers too."""
-    return AveragedModel(module, multi_avg_fn=_average(decay), use_buffers=True)
+class MovingAverage(AveragedModel):
+    """The exponential moving average that is saved, of weights and buffers.
+
+    Its memory is shorter at the start, so that short runs forget their first steps.
+    """
+
+    def __init__(self, module: nn.Module, decay: float):
+        super().__init__(module, use_buffers=True)
+        self.decay = decay
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        """One more step; unlike torch's, without waiting for the device."""
+        averaged, current = ([*m.parameters(), *m.buffers()] for m in (self.module, model))
+        count = int(self.n_averaged)  # on the CPU
+        weight = 1 - min(self.decay, (1 + count) / (10 + count)) if count else 1.0
+        torch._foreach_lerp_(averaged, current, weight)
+        self.n_averaged += 1
 
 
 def run_phase(session: Session, phase: Phase, state: State | None) -> None:
@@ -118,8 +138,13 @@ class _Trainer:
         self.session, self.phase, self.meter = session, phase, _Meter()
         optimizer = _optimizer(phase)
         self.step = 0 if state is None else _restore(state, phase, optimizer, self.meter, session.run)
-        self.wrapped, self.optimizer = session.accelerator.prepare(phase.module, optimizer)
+        accelerator = session.accelerator
+        self.wrapped, self.optimizer = accelerator.prepare(phase.module, optimizer)
         self.wrapped.train()
+        self.recorded: RecordedPass | None = None
+        graphs = session.config.training.cuda_graphs and phase.steady and accelerator.num_processes == 1
+        if graphs and accelerator.device.type == "cuda":
+            self.recorded = RecordedPass(partial(self._pass, progress=1.0), accelerator.device)
 
     @property
     def seen(self) -> int:
@@ -134,20 +159,26 @@ class _Trainer:
         torch.manual_seed(_key(session.config.training.seed, *number, self.step, rank))
         part = slice(rank * share, (rank + 1) * share)
         batch = training_batch(session.train_set, session.config, self.seen, settings.batch_size, device, part)
-        progress = self.step / phase.steps
+        batch, progress = phase.prepare(*batch), self.step / phase.steps
         for group in self.optimizer.param_groups:
             group["lr"] = settings.lr * group["factor"] * lr_factor(settings, progress)
-        with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
-            parts = phase.loss(self.wrapped, *batch, progress)
+        parts = self.recorded(*batch) if self.recorded else self._pass(*batch, progress=progress)
+        self.optimizer.step()
+        phase.average.update_parameters(phase.module)
+        self.meter.add({name: part for name, part in parts.items() if name != "norm"}, settings.batch_size)
+        _require_finite(parts, self.step, session.run)  # last: a GPU is waited for here
+        self.step += 1
+
+    def _pass(self, image: Tensor, label: Tensor | None, progress: float) -> Parts:
+        """Forward and backward: the terms, `loss`, and the `norm` of the gradients before they were clipped."""
+        settings, accelerator = self.phase.settings, self.session.accelerator
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+            parts = self.phase.loss(self.wrapped, image, label, progress)
         loss = total_loss(parts)
         accelerator.backward(loss)
         norm = nn.utils.clip_grad_norm_(self.wrapped.parameters(), settings.clip or math.inf)
-        _require_finite(loss, norm, self.step, parts, session.run)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        phase.average.update_parameters(phase.module)
-        self.step += 1
-        self.meter.add(parts | {"loss": loss.detach()}, settings.batch_size)
+        return {name: part.detach() for name, part in (parts | {"loss": loss, "norm": norm}).items()}
 
     def log_means(self) -> dict[str, Any]:
         """Log the means since the last time, and return them."""
@@ -299,16 +330,6 @@ def lr_factor(settings: LoopConfig, progress: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (progress - settings.warmup) / (1 - settings.warmup)))
 
 
-def _average(decay: float) -> Any:
-    """The exponential moving average, its memory shorter at the start so that short runs forget their first steps."""
-
-    def update(averaged: list[Tensor], current: list[Tensor], count: Tensor | int) -> None:
-        warm = min(decay, (1 + int(count)) / (10 + int(count)))
-        torch._foreach_lerp_(averaged, current, 1 - warm)
-
-    return update
-
-
 def _key(*numbers: int) -> int:
     """A 32-bit seed from several numbers, which torch's CPU generator takes whole."""
     return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=4).digest(), "big")
@@ -318,9 +339,10 @@ def _crossed(before: int, now: int, every: int) -> bool:
     return before // every != now // every
 
 
-def _require_finite(loss: Tensor, norm: Tensor, step: int, parts: Parts, run: Run) -> None:
+def _require_finite(parts: Parts, step: int, run: Run) -> None:
+    loss, norm = parts["loss"], parts["norm"]
     if not torch.isfinite(loss + norm):
-        numbers = ", ".join(f"{k} {v.item():.4g}" for k, v in parts.items())
+        numbers = ", ".join(f"{k} {v.item():.4g}" for k, v in parts.items() if k not in ("loss", "norm"))
         raise Diverged(
             f"loss {loss.item()} and gradient norm {norm.item()} at step {step} ({numbers}); the last good checkpoint "
             f"is kept in {run.checkpoints}: lower training.lr or training.clip and train anew"

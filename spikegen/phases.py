@@ -16,7 +16,7 @@ from spikegen.data import ImageSet, default_root, to_model, to_uint8
 from spikegen.extractors import CNN_SIZES, Features, SmallCNN, load_cnn, load_extractor
 from spikegen.features import extract, real_statistics
 from spikegen.grading import over_clips, predict
-from spikegen.loop import Parts, Phase, Session, State, average_of, leave_if_stopped
+from spikegen.loop import MovingAverage, Parts, Phase, Session, State, leave_if_stopped
 from spikegen.metrics import accuracy, agreement, frechet_distance, reconstruction_mse
 from spikegen.mixture import ITERATIONS
 from spikegen.objective import classifier_parts, loss_parts, perceived
@@ -37,7 +37,7 @@ def autoencoder_phase(session: Session, model: SpikingVAE) -> Phase:
     config = session.config
     spec = config.training.losses
     assert isinstance(spec, LossesConfig)
-    average = average_of(model, config.training.ema)
+    average = MovingAverage(model, config.training.ema)
     averaged = cast(SpikingVAE, average.module)
     judge = load_judge(config, "training")
     if judge is not None:
@@ -51,6 +51,7 @@ def autoencoder_phase(session: Session, model: SpikingVAE) -> Phase:
     return Phase(
         0, config.training, len(session.train_set), 0, model, average, averaged, loss,
         lambda: _evaluate(averaged, session, config.training.precision),
+        steady=model.latent.steady,
     )  # fmt: skip
 
 
@@ -59,16 +60,17 @@ def classifier_phase(session: Session, model: SpikingClassifier) -> Phase:
     settings = session.config.training
     spec = settings.losses
     assert isinstance(spec, ClassifierLosses)
-    average = average_of(model, settings.ema)
+    average = MovingAverage(model, settings.ema)
     averaged = cast(SpikingClassifier, average.module)
     empty = 0.0 if session.config.data.is_events else -1.0  # no events, or black
 
-    def loss(wrapped: nn.Module, image: Tensor, label: Tensor | None, progress: float) -> Parts:
+    def prepare(image: Tensor, label: Tensor | None) -> tuple[Tensor, Tensor]:
         assert label is not None
         target = F.one_hot(label, len(model.classes)).float()
-        if settings.augment is not None:
-            with torch.autocast(image.device.type, enabled=False):  # positions need more than bf16's bits
-                image, target = augment(settings.augment, image, target, empty)
+        return (image, target) if settings.augment is None else augment(settings.augment, image, target, empty)
+
+    def loss(wrapped: nn.Module, image: Tensor, target: Tensor | None, progress: float) -> Parts:
+        assert target is not None
         output = wrapped(image)
         with torch.autocast(image.device.type, enabled=False):
             return classifier_parts(output, target, spec)
@@ -83,7 +85,7 @@ def classifier_phase(session: Session, model: SpikingClassifier) -> Phase:
         right = (over_clips(logits, clips).argmax(1) == held_out.labels[:count:clips]).double().mean()
         return {"validation_accuracy": right.item()}
 
-    return Phase(0, settings, len(session.train_set), 0, model, average, averaged, loss, evaluate)
+    return Phase(0, settings, len(session.train_set), 0, model, average, averaged, loss, evaluate, prepare)
 
 
 def load_judge(config: Config, section: str) -> SmallCNN | None:
@@ -116,12 +118,12 @@ def prior_phase(session: Session, vae: SpikingVAE, settings: PriorConfig, seen: 
                 bar.advance(task)
 
             prior.fit_mixture(codes, labels, advance)
-    average = average_of(prior, settings.ema)
+    average = MovingAverage(prior, settings.ema)
     averaged = vae.prior = cast(MaskedPrior, average.module)
 
     def loss(wrapped: nn.Module, image: Tensor, label: Tensor | None, progress: float) -> Parts:
         with torch.no_grad():
-            bits = vae.eval().encode(image, seed=int(torch.randint(2**62, ()))).spikes  # drawn anew at every step
+            bits = vae.eval().encode(image, seed=None).spikes  # drawn anew at every step
         entropy = wrapped(bits)
         return {"loss/prior_entropy": entropy, "prior_entropy": entropy}
 
@@ -150,7 +152,7 @@ def refining_phase(
             features = partial(_features, judge)
             matching = FeatureMatching(features, _label_means(session, vae, features, seen))
     game = Game(vae, settings.width if settings.adversarial else 0, distance, matching)
-    average = average_of(game, settings.ema)
+    average = MovingAverage(game, settings.ema)
     averaged = cast(Game, average.module).vae
     conditional = vae.config.conditional
     weights = {
@@ -163,7 +165,7 @@ def refining_phase(
     }
 
     def loss(wrapped: nn.Module, image: Tensor, label: Tensor | None, progress: float) -> Parts:
-        which = torch.randint(spikes.shape[1], (len(image),)).to(spikes.device)
+        which = torch.randint(spikes.shape[1], (len(image),), device=spikes.device)
         drawn = None if labels is None else labels[which]
         parts: Parts = wrapped(image, label if conditional else None, spikes[:, which].to(image.dtype), drawn)
         return parts | {f"loss/{name}": weight * parts[name] for name, weight in weights.items() if name in parts}

@@ -124,7 +124,7 @@ class Game(nn.Module):
         `spikes` and `drawn_label` are the prior's, as many as there are images.
         """
         with torch.no_grad():
-            own = self.vae.encode(image, seed=int(torch.randint(2**62, ()))).spikes
+            own = self.vae.encode(image, seed=None).spikes
         copies, samples = self.vae.decode(torch.cat([own, spikes.to(own.dtype)], 1)).float().chunk(2)
         with torch.autocast(image.device.type, enabled=False):
             return {

@@ -193,7 +193,7 @@ def _require_same(config: Config, before: Config, run: Run) -> None:
     without = {"scoring"} | {phase for phase in later if getattr(before, phase) is None}
     old, new = before.model_dump(exclude=without), config.model_dump(exclude=without)
     for key, was, now in _differences(old, new):
-        if key != "data.root":
+        if key not in ("data.root", "training.cuda_graphs"):
             raise UserError(
                 f"{run.path} was trained with {key} = {was}, but the config has {now}; --resume changes nothing"
             )

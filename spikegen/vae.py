@@ -157,8 +157,13 @@ class SpikingVAE(nn.Module, PyTorchModelHubMixin):
         rates = torch.stack(encoder_rates + decoder_rates).float()
         return VAEOutput(decoded, posterior, prior, self._classify(features, posterior.spikes), rates)
 
-    def encode(self, image: Float[Tensor, "B C H W"], seed: int = 0, first: int = 0) -> Posterior | GaussianPosterior:
-        """The posterior's draw for images first, first+1, ... of a set, which keep their draws in any batches."""
+    def encode(
+        self, image: Float[Tensor, "B C H W"], seed: int | None = 0, first: int = 0
+    ) -> Posterior | GaussianPosterior:
+        """The posterior's draw for images first, first+1, ... of a set, which keep their draws in any batches.
+
+        With no seed the draws are torch's, new at every call, as in training.
+        """
         features, _ = self._features(image, seed, first)
         return self.latent.infer(features, self._noise(image, seed, first))
 
@@ -262,10 +267,10 @@ class SpikingVAE(nn.Module, PyTorchModelHubMixin):
         gate = own.build(model.num_steps, outputs) if own and model.attention_in in ("both", "decoder") else None
         return up_stage(spec.channels, spec.reduction, outputs, neuron, model.engine, gate)
 
-    def _features(self, image: Tensor, seed: int, first_image: int) -> tuple[Tensor, list[Tensor]]:
+    def _features(self, image: Tensor, seed: int | None, first_image: int) -> tuple[Tensor, list[Tensor]]:
         """The encoder's last spikes [T, B, C, H, W] and every stage's firing rate."""
         self.encoder.check(image)
-        uniform = None if self.training else self.encoder.draws(image, seed, first_image)
+        uniform = None if self.training or seed is None else self.encoder.draws(image, seed, first_image)
         found: tuple[Tensor, list[Tensor]] = self.encoder(image, uniform)
         return found
 
@@ -282,9 +287,9 @@ class SpikingVAE(nn.Module, PyTorchModelHubMixin):
         outputs, _ = self.head(features if self.config.head.source == "encoder" else bits)
         return cast(Tensor, outputs).mean(0)
 
-    def _noise(self, image: Tensor, seed: int, first: int) -> Tensor:
+    def _noise(self, image: Tensor, seed: int | None, first: int) -> Tensor:
         steps, *rest = self.latent.noise_shape(self.config.num_steps)
-        if self.training:
+        if self.training or seed is None:
             return torch.rand(steps, len(image), *rest, device=image.device)
         return uniform_per_image(seed, first, len(image), (steps, *rest), image.device)
 

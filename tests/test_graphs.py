@@ -1,13 +1,22 @@
 """Recorded graphs give what the plain call gives."""
 
+import warnings
+from pathlib import Path
+
 import pytest
 import torch
 
-from spikegen.graphs import recorded
+from spikegen.graphs import WARM_UP, RecordedPass, recorded
 from spikegen.prior import MaskedSpec
+from spikegen.training import train
 from spikegen.vae import SAMPLE_CHUNK
 from tests.inputs import fill
+from tests.test_refining import REFINEMENT
+from tests.test_training import PRIOR, SPATIAL, rows
 from tests.test_vae import build
+from tests.tiny import tiny_config
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 def test_off_a_cuda_device_nothing_is_recorded():
@@ -29,7 +38,7 @@ def test_the_mode_is_as_before_between_chunks():
         assert model.training
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@needs_cuda
 @pytest.mark.parametrize("conditional", [False, True])
 @pytest.mark.parametrize("prior", [False, True])
 def test_a_graph_replays_the_samples(conditional, prior):
@@ -40,3 +49,84 @@ def test_a_graph_replays_the_samples(conditional, prior):
     graphed = model.sample(10 * SAMPLE_CHUNK, seed=1)
     plain = [model.sample(SAMPLE_CHUNK, seed=1, first=k * SAMPLE_CHUNK) for k in range(10)]
     assert torch.equal(graphed, torch.cat(plain))
+
+
+@needs_cuda
+@pytest.mark.parametrize("labelled", [False, True])
+def test_a_recorded_pass_is_the_pass(labelled):
+    """Gradients, what is returned, what is drawn and what moves, all of them, with an optimizer in between."""
+    found = {}
+    for graph in (False, True):
+        torch.manual_seed(0)
+        layer = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.BatchNorm1d(7), torch.nn.Dropout(0.5)).cuda()
+        optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, fused=True)
+
+        def work(x, label, layer=layer, optimizer=optimizer):
+            optimizer.zero_grad(set_to_none=True)
+            loss = (layer(x).square() * (1 if label is None else label[:, None])).mean()
+            loss.backward()
+            return {"loss": loss.detach()}
+
+        call = RecordedPass(work, torch.device("cuda")) if graph else work
+        losses = []
+        for k in range(WARM_UP + 4):
+            generator = torch.Generator().manual_seed(k)
+            x, label = torch.rand(6, 5, generator=generator).cuda(), torch.rand(6, generator=generator).cuda()
+            torch.manual_seed(k)
+            losses.append(call(x, label if labelled else None)["loss"].clone())
+            optimizer.step()
+        assert not graph or call.graph is not None
+        found[graph] = torch.stack(losses), layer.state_dict()
+    assert torch.equal(found[False][0], found[True][0])
+    assert all(torch.equal(v, found[True][1][k]) for k, v in found[False][1].items())
+
+
+@needs_cuda
+def test_a_pass_that_waits_for_the_device_is_not_recorded():
+    weight = torch.ones(3, device="cuda", requires_grad=True)
+
+    def work(x, label):
+        weight.grad = None
+        loss = (weight * x * float(x.sum()) * torch.rand_like(x)).sum()
+        loss.backward()
+        return {"loss": loss.detach()}
+
+    call, x = RecordedPass(work, torch.device("cuda")), torch.arange(3.0, device="cuda")
+    for _ in range(WARM_UP - 1):
+        call(x, None)
+    with pytest.warns(UserWarning, match="cannot be recorded"):
+        call(x, None)
+    torch.manual_seed(0)
+    expected = x * 3 * torch.rand_like(x)
+    torch.manual_seed(0)
+    assert torch.equal(call(x, None)["loss"], expected.sum())
+    assert torch.equal(weight.grad, expected)
+
+
+PHASES = {
+    "autoencoder": {},
+    "poisson": {
+        "model__latent": {"kind": "poisson", "size": 8},
+        "model__conditional": False,
+        "training__losses": {"prior": "rbf"},
+    },
+    "bf16": {"training__precision": "bf16", "training__losses__perceptual": 1},
+    "prior": PRIOR,
+    "refinement": PRIOR | {"refinement": REFINEMENT["refinement"]},
+}
+
+
+@needs_cuda
+@pytest.mark.parametrize("phases", PHASES)
+def test_recorded_training_is_training(phases: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    found = {}
+    for graphs in (False, True):
+        config = tiny_config(**SPATIAL | PHASES[phases], training__cuda_graphs=graphs)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="training steps cannot be recorded")
+            run = train(config, tmp_path / str(graphs), device="cuda")
+        found[graphs] = [{k: v for k, v in row.items() if k != "images_per_second"} for row in rows(run)]
+    assert len(found[True]) == len(found[False])
+    for plain, replayed in zip(found[False], found[True], strict=True):
+        assert plain == pytest.approx(replayed, rel=1e-3)

@@ -149,14 +149,19 @@ def test_the_saved_weights_are_the_moving_average(tmp_path: Path) -> None:
 
 
 def test_the_moving_average_is_the_recursion() -> None:
-    values = torch.rand(30, 3)
-    update, mean = loop._average(0.8), values[0].clone()
-    expected = values[0].clone()
-    for count, value in enumerate(values[1:], start=1):
-        update([mean], [value], torch.tensor(count))
-        decay = min(0.8, (1 + count) / (10 + count))
-        expected = decay * expected + (1 - decay) * value
-    torch.testing.assert_close(mean, expected)
+    layer = torch.nn.BatchNorm1d(3).double()
+    layer.num_batches_tracked = None  # whole numbers have no mean
+    average = loop.MovingAverage(layer, 0.8)
+    for count in range(30):
+        values = torch.rand(4, 3, dtype=torch.float64)
+        with torch.no_grad():
+            layer.weight.copy_(values[0]), layer.running_mean.copy_(values[1])
+        decay = min(0.8, (1 + count) / (10 + count)) if count else 0
+        expected = values if not count else decay * expected + (1 - decay) * values
+        average.update_parameters(layer)
+    torch.testing.assert_close(average.module.weight.detach(), expected[0])
+    torch.testing.assert_close(average.module.running_mean, expected[1])
+    assert int(average.n_averaged) == 30
 
 
 def test_the_learning_rate_warms_up_and_falls_to_nothing() -> None:
@@ -493,7 +498,7 @@ def test_a_latents_own_prior_learns_at_its_own_rate() -> None:
     )
     settings = config.training.model_copy(update={"prior_lr": 10.0})
     model = training.build_model(config, ())
-    phase = loop.Phase(0, settings, 200, 0, model, loop.average_of(model, 0.9), model, lambda *_: {}, dict)
+    phase = loop.Phase(0, settings, 200, 0, model, loop.MovingAverage(model, 0.9), model, lambda *_: {}, dict)
     groups = loop._optimizer(phase).param_groups
     assert [g["factor"] for g in groups] == [1.0, 10.0]
     own = {id(p) for p in model.latent.prior.parameters()}

@@ -3,7 +3,8 @@
 A latent is built for the encoder's features [C, H, W] and has
 `infer(features, uniform)` the posterior's draw; `predict(spikes, label, progress)` the prior's view of it;
 `sample(uniform, label)` a draw from the prior; `noise_shape(T)` what uniform numbers an image's draws take;
-`expand_stage(...)` the decoder's first stage, from spikes of `shape`; `size` numbers a step.
+`expand_stage(...)` the decoder's first stage, from spikes of `shape`; `size` numbers a step; `steady`, whether it does
+the same on the device at every step of training.
 """
 
 from typing import Annotated

@@ -47,6 +47,8 @@ class BernoulliSpec(Spec):
 class Bernoulli(nn.Module):
     """See BernoulliSpec. Networks as in FSVAE: 2D -> 2D -> 4D -> kD for q, D -> 2D -> 4D -> kD for p."""
 
+    steady = False  # scheduled sampling: coins, and a chance that rises
+
     def __init__(self, spec: BernoulliSpec, features: int, neuron: NeuronSpec, engine: Engine, num_labels: int):
         super().__init__()
         size, k = spec.size, spec.candidates

@@ -34,6 +34,8 @@ class GaussianSpec(Spec):
 class Gaussian(nn.Module):
     """See GaussianSpec."""
 
+    steady = True
+
     def __init__(self, spec: GaussianSpec, shape: tuple[int, int, int]):
         super().__init__()
         self.size, self.shape = spec.size, (spec.size,)

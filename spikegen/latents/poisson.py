@@ -53,6 +53,8 @@ class RateSpike(torch.autograd.Function):
 class Poisson(nn.Module):
     """See PoissonSpec."""
 
+    steady = True
+
     def __init__(self, spec: PoissonSpec, shape: tuple[int, int, int], neuron: NeuronSpec, engine: Engine):
         super().__init__()
         self.size, self.shape = spec.size, (spec.size,)

@@ -50,6 +50,8 @@ class Coin(torch.autograd.Function):
 class Spatial(nn.Module):
     """See SpatialSpec."""
 
+    steady = True
+
     def __init__(self, spec: SpatialSpec, shape: tuple[int, int, int], num_steps: int, num_labels: int):
         super().__init__()
         self.shape = (spec.channels, *shape[1:])
