@@ -108,7 +108,7 @@ def rolled(images: Float[Tensor, "B C H W"], shift: Tensor) -> Float[Tensor, "B 
 
 
 def warped(
-    images: Float[Tensor, "B C H W"], angle: Float[Tensor, "B"], slant: Float[Tensor, "B"]
+    images: Float[Tensor, "B C H W"], angle: Float[Tensor, " B"], slant: Float[Tensor, " B"]
 ) -> Float[Tensor, "B C H W"]:
     """Each image slanted (its rows pushed along, in degrees), then turned counter-clockwise, about its centre.
 

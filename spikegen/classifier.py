@@ -95,7 +95,7 @@ class SpikingClassifier(nn.Module, PyTorchModelHubMixin):
         self.head = model.head.build(self.encoder.shape, len(classes), steps, neuron, engine, model.norm_scale)
         self.to(memory_format=torch.channels_last)
 
-    def forward(self, image: Float[Tensor, "B *image"], *, seed: int = 0, first: int = 0) -> ClassifierOutput:
+    def forward(self, image: Float[Tensor, " B *image"], *, seed: int = 0, first: int = 0) -> ClassifierOutput:
         """Outputs for images [B, C, H, W], or frames [B, T, C, H, W] where the encoding takes frames.
 
         Image k of a set has the same draws of its encoding, if that has any, in any batch in evaluation mode.
@@ -107,7 +107,7 @@ class SpikingClassifier(nn.Module, PyTorchModelHubMixin):
         return ClassifierOutput(outputs, torch.stack(rates).float() if rates else outputs.new_zeros(0))
 
     @torch.no_grad()
-    def classify(self, image: Float[Tensor, "B *image"], seed: int = 0, first: int = 0) -> Float[Tensor, "B K"]:
+    def classify(self, image: Float[Tensor, " B *image"], seed: int = 0, first: int = 0) -> Float[Tensor, "B K"]:
         """The logits."""
         output: ClassifierOutput = self(image, seed=seed, first=first)
         return output.logits

@@ -81,7 +81,7 @@ class Encoder(nn.ModuleList):
         """Of the features at each step: channels, height, width."""
 
     def forward(
-        self, image: Float[Tensor, "B *image"], uniform: Float[Tensor, "T B C H W"] | None = None
+        self, image: Float[Tensor, " B *image"], uniform: Float[Tensor, "T B C H W"] | None = None
     ) -> tuple[Float[Tensor, "T B D h w"], list[Float[Tensor, ""]]]:
         """The last stage's spikes and every firing stage's rate, for images [B, C, H, W] or frames [B, T, C, H, W].
 

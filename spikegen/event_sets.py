@@ -116,7 +116,7 @@ def recordings(
     shape: FrameShape,
     download: bool,
     cache: Path,
-) -> tuple[UInt8[Tensor, "N clips T 2 H W"], Int64[Tensor, "N"]]:
+) -> tuple[UInt8[Tensor, "N clips T 2 H W"], Int64[Tensor, " N"]]:
     """The split's recordings as clips of frames, and their labels; decoded now unless the same files were before.
 
     `choose` says, of how many there are, which are wanted.

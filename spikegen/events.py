@@ -17,10 +17,10 @@ LONGEST = 2**50
 class Events(NamedTuple):
     """One recording in the order of time: columns, rows, times (in any unit) and polarities (1: brighter)."""
 
-    x: Int64[np.ndarray, "E"]
-    y: Int64[np.ndarray, "E"]
-    t: Int64[np.ndarray, "E"]
-    p: Int64[np.ndarray, "E"]
+    x: Int64[np.ndarray, " E"]
+    y: Int64[np.ndarray, " E"]
+    t: Int64[np.ndarray, " E"]
+    p: Int64[np.ndarray, " E"]
 
 
 class FrameShape(NamedTuple):
@@ -96,7 +96,7 @@ def to_clips(
 
 
 def _counted(
-    events: Events, step: Int64[np.ndarray, "E"], sensor: tuple[int, int], shape: FrameShape
+    events: Events, step: Int64[np.ndarray, " E"], sensor: tuple[int, int], shape: FrameShape
 ) -> UInt8[np.ndarray, "T 2 size size"]:
     """How many events each step, polarity and pixel has, 255 at most."""
     (width, height), (steps, _, size, *_) = sensor, shape

@@ -171,7 +171,7 @@ def raster(spikes: Float[Tensor, "T D"], shape: tuple[int, ...]) -> Float[np.nda
 
 def attention(
     model: SpikingVAE | SpikingClassifier,
-    images: UInt8[Tensor, "N *shape"],
+    images: UInt8[Tensor, " N *shape"],
     labels: Int64[Tensor, " N"] | None,
     path: Path,
 ) -> bool:

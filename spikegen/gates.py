@@ -38,7 +38,7 @@ class Gate:
 
 @torch.no_grad()
 def record_gates(
-    model: SpikingVAE | SpikingClassifier, images: Float[Tensor, "B *image"], label: Int64[Tensor, " B"] | None = None
+    model: SpikingVAE | SpikingClassifier, images: Float[Tensor, " B *image"], label: Int64[Tensor, " B"] | None = None
 ) -> list[Gate]:
     """Every gate in encoder, latent, decoder and readout, then those of a learnt prior; `label` where it needs one.
 

@@ -25,7 +25,7 @@ VIEW_CHUNK = 250
 @torch.no_grad()
 def predict(
     model: SpikingClassifier,
-    images: Shaped[Tensor, "N *image"],
+    images: Shaped[Tensor, " N *image"],
     batch_size: int = 250,
     seed: int = 0,
     *,

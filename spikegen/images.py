@@ -23,7 +23,7 @@ class ImageSet:
     """
 
     images: UInt8[Tensor, "N *shape H W"]
-    labels: Int64[Tensor, "N"] | None
+    labels: Int64[Tensor, " N"] | None
     classes: tuple[str, ...]
     clips: int = 1
 

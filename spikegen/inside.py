@@ -22,7 +22,7 @@ COLOURS = "jet"
 
 @torch.no_grad()
 def inside_figures(
-    model: SpikingVAE | SpikingClassifier, images: UInt8[Tensor, "B *shape"], many: UInt8[Tensor, "N *shape"]
+    model: SpikingVAE | SpikingClassifier, images: UInt8[Tensor, " B *shape"], many: UInt8[Tensor, " N *shape"]
 ) -> Iterator[tuple[str, Figure]]:
     """(name, picture) of what the model's kind has: of `images` each, and of the set `many`.
 
@@ -38,7 +38,7 @@ def inside_figures(
     yield "isometry", isometry_figure(factors)
 
 
-def maps_figure(images: UInt8[Tensor, "B *shape"], maps: dict[str, Float[Tensor, "B H W"]]) -> Figure:
+def maps_figure(images: UInt8[Tensor, " B *shape"], maps: dict[str, Float[Tensor, "B H W"]]) -> Figure:
     """A row for each image: itself, and its response in each layer, all on one scale of colours."""
     most = max(float(m.max()) for m in maps.values()) or 1.0
     figure = Figure(figsize=(1.2 * (1 + len(maps)) + 0.6, 1.25 * len(images) + 0.4), layout="constrained")
@@ -111,7 +111,7 @@ def isometry_figure(found: dict[str, float]) -> Figure:
     return figure
 
 
-def tiles(mean: Float[Tensor, "C *hw"]) -> Float[np.ndarray, "rows columns"]:
+def tiles(mean: Float[Tensor, " C *hw"]) -> Float[np.ndarray, "rows columns"]:
     """Every channel's map beside the others, about square, with gaps that are not drawn; one place where no space."""
     maps = mean.reshape(len(mean), *(mean.shape[1:] or (1, 1))).numpy()
     gap = 1 if maps.shape[1] > 1 else 0

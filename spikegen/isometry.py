@@ -40,7 +40,7 @@ class IsometryWarning(UserWarning):
 
 
 def isometry(
-    model: SpikingVAE | SpikingClassifier, images: Float[Tensor, "B *image"], probes: int = 8, seed: int = 0
+    model: SpikingVAE | SpikingClassifier, images: Float[Tensor, " B *image"], probes: int = 8, seed: int = 0
 ) -> dict[str, float]:
     """phi(J J^T) of every convolutional stage and residual block, in order, at these images; expected near 1.
 
@@ -91,7 +91,7 @@ def check(found: Mapping[str, float]) -> None:
             )
 
 
-def warn_if_unstable(model: SpikingVAE | SpikingClassifier, images: Float[Tensor, "B *image"]) -> None:
+def warn_if_unstable(model: SpikingVAE | SpikingClassifier, images: Float[Tensor, " B *image"]) -> None:
     """`check` a deep model before its training, under the statistics that these images give its norms."""
     depths = [sum(len(s.blocks) if isinstance(s, ResidualStage) else 1 for s in model.encoder)]
     if isinstance(model, SpikingVAE):

@@ -37,7 +37,7 @@ def frequency(image: Float[Tensor, "B C H W"], target: Float[Tensor, "B C H W"])
     return (error * size / size.amax((-2, -1), keepdim=True).clamp(min=torch.finfo(size.dtype).tiny)).mean()
 
 
-def post_synaptic_potential(z: Float[Tensor, "T *n"], tau: float = 2.0) -> Float[Tensor, "T *n"]:
+def post_synaptic_potential(z: Float[Tensor, " T *n"], tau: float = 2.0) -> Float[Tensor, " T *n"]:
     """PSP_t = (1 - 1/tau) PSP_{t-1} + z_t / tau, from 0 (FSVAE's tau_s = 2)."""
     psp, steps = torch.zeros_like(z[0]), []
     for x in z:

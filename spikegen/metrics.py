@@ -31,7 +31,7 @@ Network = Callable[[Tensor, int], Tensor]  # of a batch of images in [-1, 1], an
 class Statistics:
     """torchmetrics' running sums over features [N, d]: of x, of x x^T, and their number."""
 
-    total: Float64[Tensor, "d"]
+    total: Float64[Tensor, " d"]
     outer: Float64[Tensor, "d d"]
     count: int
 
@@ -218,7 +218,7 @@ def class_diversity(logits: Float[Tensor, "N k"], seed: int = 0) -> Interval:
 def accuracy(
     classify: Network,
     images: UInt8[Tensor, "N C H W"],
-    labels: Int64[Tensor, "N"],
+    labels: Int64[Tensor, " N"],
     batch_size: int = 250,
     seed: int = 0,
 ) -> Interval:

@@ -110,15 +110,15 @@ class LIF(nn.Module):
         return modulated_scan(current, beta, threshold, self.spec.reset, self.spec.surrogate, change)
 
     def step(
-        self, current: Float[Tensor, "B *n"], mem: Float[Tensor, "B *n"] | None
-    ) -> tuple[Float[Tensor, "B *n"], Float[Tensor, "B *n"]]:
+        self, current: Float[Tensor, " B *n"], mem: Float[Tensor, " B *n"] | None
+    ) -> tuple[Float[Tensor, " B *n"], Float[Tensor, " B *n"]]:
         """One time step without gradient: (spikes, membrane to carry to the next step); `mem` None starts at rest."""
         beta, threshold = self._constants(current)
         return lif_step(current, mem, beta, threshold, self.spec.reset)
 
     def step_changed(
-        self, current: Float[Tensor, "B *n"], mem: Float[Tensor, "B *n"] | None, change: Callable[[Tensor], Tensor]
-    ) -> tuple[Float[Tensor, "B *n"], Float[Tensor, "B *n"]]:
+        self, current: Float[Tensor, " B *n"], mem: Float[Tensor, " B *n"] | None, change: Callable[[Tensor], Tensor]
+    ) -> tuple[Float[Tensor, " B *n"], Float[Tensor, " B *n"]]:
         """`step` where the membrane is change(membrane) before it fires."""
         beta, threshold = self._constants(current)
         return lif_step(current, mem, beta, threshold, self.spec.reset, change)
@@ -159,12 +159,12 @@ class ReLU(nn.Module):
         """Activations of changed currents, each step by itself."""
         return self(torch.stack([change(step) for step in current]))
 
-    def step(self, current: Float[Tensor, "B *n"], mem: Tensor | None) -> tuple[Float[Tensor, "B *n"], None]:
+    def step(self, current: Float[Tensor, " B *n"], mem: Tensor | None) -> tuple[Float[Tensor, " B *n"], None]:
         """One step, which needs nothing of the one before."""
         return self(current), None
 
     def step_changed(
-        self, current: Float[Tensor, "B *n"], mem: Tensor | None, change: Callable[[Tensor], Tensor]
-    ) -> tuple[Float[Tensor, "B *n"], None]:
+        self, current: Float[Tensor, " B *n"], mem: Tensor | None, change: Callable[[Tensor], Tensor]
+    ) -> tuple[Float[Tensor, " B *n"], None]:
         """One step of changed currents."""
         return self(change(current)), None

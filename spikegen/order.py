@@ -8,7 +8,7 @@ from jaxtyping import Bool, Int64
 from torch import Tensor
 
 
-def batch_indices(seed: int, images_seen: int, batch_size: int, num_images: int) -> Int64[Tensor, "B"]:
+def batch_indices(seed: int, images_seen: int, batch_size: int, num_images: int) -> Int64[Tensor, " B"]:
     """The images of the batch that follows `images_seen`: positions in an endless stream of shuffled epochs.
 
     Position p is element p % N of epoch p // N's permutation, so a batch may straddle epochs, and a resumed
@@ -20,7 +20,7 @@ def batch_indices(seed: int, images_seen: int, batch_size: int, num_images: int)
     return torch.from_numpy(np.concatenate(parts))
 
 
-def flip_mask(seed: int, images_seen: int, batch_size: int) -> Bool[Tensor, "B"]:
+def flip_mask(seed: int, images_seen: int, batch_size: int) -> Bool[Tensor, " B"]:
     """Which images of `batch_indices` to flip left-right: a fair coin for each position in the stream."""
     stream = np.random.Philox(key=[seed, 2**63])  # no epoch has this number
     stream.advance(images_seen // 4)  # four numbers a step

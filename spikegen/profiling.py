@@ -113,14 +113,14 @@ def _passes(model: SpikingVAE | SpikingClassifier, config: Config | None, images
 
 
 def _measured(
-    model: SpikingVAE | SpikingClassifier, call: Callable[..., Tensor], shown: Float[Tensor, "B *image"]
+    model: SpikingVAE | SpikingClassifier, call: Callable[..., Tensor], shown: Float[Tensor, " B *image"]
 ) -> Profile:
     """`call` on all images, a batch at a time, each with its own draws."""
     parts = list(enumerate(shown.split(BATCH)))
     return measure(model, lambda: [call(p.to(model.device), first=BATCH * k) for k, p in parts], len(shown))
 
 
-def _noise(model: SpikingClassifier, images: int) -> Float[Tensor, "B *image"]:
+def _noise(model: SpikingClassifier, images: int) -> Float[Tensor, " B *image"]:
     """Uniform images; frames with an event at about a tenth of the pixels, as recorded ones have."""
     generator = torch.Generator().manual_seed(0)
     if model.encoder.encoding.has_time:

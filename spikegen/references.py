@@ -31,7 +31,7 @@ class Reference:
     split: str | None
     images: UInt8[Tensor, "N C H W"]
     data: DataSpec | None = None
-    labels: Int64[Tensor, "N"] | None = None
+    labels: Int64[Tensor, " N"] | None = None
     classes: tuple[str, ...] = ()
 
     @property

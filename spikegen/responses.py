@@ -65,7 +65,7 @@ def watched(model: nn.Module, each: Watcher) -> Iterator[None]:
 
 @torch.no_grad()
 def responses(
-    model: SpikingVAE | SpikingClassifier, images: UInt8[Tensor, "N *shape"], steps: Sequence[int] | None = None
+    model: SpikingVAE | SpikingClassifier, images: UInt8[Tensor, " N *shape"], steps: Sequence[int] | None = None
 ) -> list[Response]:
     """Every layer of spiking neurons that classifying, or copying, the images makes fire, in order.
 
@@ -93,7 +93,7 @@ def network_rate(found: Sequence[Response]) -> Float[Tensor, "N T"]:
 
 @torch.no_grad()
 def response_maps(
-    model: SpikingVAE | SpikingClassifier, images: UInt8[Tensor, "B *shape"]
+    model: SpikingVAE | SpikingClassifier, images: UInt8[Tensor, " B *shape"]
 ) -> dict[str, Float[Tensor, "B H W"]]:
     """Each image's spikes in every layer that has space: their mean over steps and channels."""
     found = _spikes(model, images, 0)

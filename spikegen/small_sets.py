@@ -18,7 +18,7 @@ from spikegen.images import Split
 from spikegen.order import permutation
 from spikegen.storage import user_mistakes
 
-Labelled = tuple[UInt8[Tensor, "N C H W"], Int64[Tensor, "N"]]
+Labelled = tuple[UInt8[Tensor, "N C H W"], Int64[Tensor, " N"]]
 
 
 def digits(split: Split) -> Labelled:

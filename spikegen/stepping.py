@@ -26,7 +26,7 @@ class Stepper:
         self.stages = [StageStepper(cast(Stage, stage)) for stage in stages]
 
     @torch.no_grad()
-    def __call__(self, x: Float[Tensor, "B *n"], direct: Tensor | None = None) -> Float[Tensor, "B *m"]:
+    def __call__(self, x: Float[Tensor, " B *n"], direct: Tensor | None = None) -> Float[Tensor, " B *m"]:
         """The last stage's output of the next step; `direct` is added to its current."""
         *before, last = self.stages
         for stage in before:
@@ -46,7 +46,7 @@ class StageStepper:
         self.attention = None if stage.attention is None else AttentionStepper(stage.attention)
 
     @torch.no_grad()
-    def __call__(self, x: Float[Tensor, "B *n"], direct: Tensor | None = None) -> Float[Tensor, "B *m"]:
+    def __call__(self, x: Float[Tensor, " B *n"], direct: Tensor | None = None) -> Float[Tensor, " B *m"]:
         """The next step's spikes (gated where there is attention); `direct` is added to their current."""
         stage, current = self.stage, self.layer(x)
         dtype = current.dtype

@@ -14,6 +14,11 @@ from spikegen.spec import UserError
 RNG = np.random.default_rng(0)
 
 
+def home(engine: str) -> str:
+    """The device that tests run an engine on: `triton` is on the CPU in its interpreter alone."""
+    return "cuda" if engine == "triton" and torch.cuda.is_available() else "cpu"
+
+
 def picture(path: Path, width: int = 20, height: int = 16, mode: str = "RGB") -> np.ndarray:
     """Write random pixels to `path` and return them."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -192,7 +192,8 @@ def test_a_whole_model_in_another_dtype(engine, dtype):
 
 @pytest.mark.parametrize("engine", FUSED)
 def test_a_rate_of_no_pixels_is_that_of_torch(engine):
-    y, constants = torch.zeros(5, 2, 3, 0, 4), (torch.tensor(0.5), torch.tensor(0.4))
+    y = torch.zeros(5, 2, 3, 0, 4, device=DEVICE)
+    constants = torch.tensor(0.5, device=DEVICE), torch.tensor(0.4, device=DEVICE)
     rates = [normed_scan(y, None, *constants, "zero", ATan(), 5, name)[1] for name in (engine, "torch")]
     torch.testing.assert_close(*rates, equal_nan=True)
 
@@ -316,9 +317,9 @@ def test_auto_is_the_fused_engine_of_the_device(monkeypatch):
     assert choose("auto", "meta") == "torch"
     assert all(choose(name, "cpu") == name for name in ("reference", "torch", "numba"))
     assert choose("auto", "cpu", torch.float16) == "torch"
-    monkeypatch.setattr(engines, "FUSED", {"cpu": "triton"})
-    assert choose("auto", "cpu", steps=64) == "triton"
-    assert choose("auto", "cpu", steps=65) == "torch"
+    monkeypatch.setattr(engines, "FUSED", {DEVICE.type: "triton"})
+    assert choose("auto", DEVICE, steps=64) == "triton"
+    assert choose("auto", DEVICE, steps=65) == "torch"
 
 
 @pytest.mark.parametrize(
@@ -441,11 +442,12 @@ assert torch.equal(lif_scan(*args, "numba"), lif_scan(*args, "torch"))
 def run_script(tmp_path, text, *arguments, launcher=()):
     script = tmp_path / "script.py"
     script.write_text(text)
+    path = [str(Path(__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     done = subprocess.run(
         [sys.executable, *launcher, str(script), *arguments],
         capture_output=True,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path)},
         check=False,
     )
     assert done.returncode == 0, done.stderr[:3000]

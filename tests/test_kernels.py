@@ -9,6 +9,7 @@ from snntorch import surrogate as snn_surrogate
 
 from spikegen.kernels import ENGINES, lif_scan, lif_step
 from spikegen.kernels.surrogates import ATan, FastSigmoid, Rectangle, Sigmoid, StraightThrough, Triangle
+from tests.inputs import home
 
 CHANNELS = 3
 RESETS = ["subtract", "zero"]
@@ -81,10 +82,11 @@ def constant(value, dims):
 
 def run(scan, x, beta, threshold, *rest):
     """(spikes, gradients of x, beta and threshold) of a loss that weights every spike differently."""
-    leaves = [p.detach().clone().requires_grad_() for p in (x, beta, threshold)]
+    device = home(rest[-1]) if rest[-1] in ENGINES else "cpu"
+    leaves = [p.detach().clone().to(device).requires_grad_() for p in (x, beta, threshold)]
     spikes = scan(*leaves, *rest)
-    weights = currents(*x.shape, seed=1)
-    return spikes.detach(), torch.autograd.grad((spikes.double() * weights).sum(), leaves, materialize_grads=True)
+    loss = (spikes.double() * currents(*x.shape, seed=1).to(device)).sum()
+    return spikes.detach().cpu(), [g.cpu() for g in torch.autograd.grad(loss, leaves, materialize_grads=True)]
 
 
 def assert_same(ours, theirs, rounding):
@@ -155,8 +157,8 @@ def test_gradients_to_the_last_bits_of_float64(reset, threshold):
     ],
 )
 def test_any_memory_layout(engine, view):
-    args = constant(0.8, 2), constant(0.5, 2), "subtract", ATan(), engine
-    x = currents(6, 4, 3)
+    args = constant(0.8, 2).to(home(engine)), constant(0.5, 2).to(home(engine)), "subtract", ATan(), engine
+    x = currents(6, 4, 3).to(home(engine))
     results = []
     for layout in (view, lambda x: view(x).contiguous()):
         leaf = x.clone().requires_grad_()
@@ -182,8 +184,10 @@ def test_a_gradient_does_not_depend_on_which_others_are_asked_for(reset, wanted)
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("reset", RESETS)
 def test_no_state_and_the_input_is_left_alone(engine, reset):
-    x, other = currents(5, 3, 4), currents(5, 3, 4, seed=2)
-    args = torch.tensor(0.9), torch.tensor(0.5), reset, ATan(), engine
+    x, other, beta, threshold = (
+        t.to(home(engine)) for t in (currents(5, 3, 4), currents(5, 3, 4, seed=2), torch.tensor(0.9), torch.tensor(0.5))
+    )
+    args = beta, threshold, reset, ATan(), engine
     before = x.clone()
     first = lif_scan(x, *args)
     lif_scan(other, *args)

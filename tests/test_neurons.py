@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from spikegen.kernels import ENGINES
 from spikegen.neurons import LIFSpec
 from spikegen.spec import UserError
+from tests.inputs import home
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +66,7 @@ def dyadic(*shape, seed=0):
 def gradient(neuron, x):
     x = x.clone().requires_grad_()
     spikes = neuron(x)
-    (spikes * torch.linspace(-1, 1, spikes.numel()).view_as(spikes)).sum().backward()
+    (spikes * torch.linspace(-1, 1, spikes.numel()).view_as(spikes).to(spikes)).sum().backward()
     return spikes.detach(), x.grad
 
 
@@ -75,20 +76,20 @@ def test_fsvaes_neuron_and_its_codes_surrogate(engine, steps):
     spec = LIFSpec(
         beta=0.25, threshold=0.2, reset="zero", surrogate={"kind": "rectangle", "width": 1.0, "centre": -0.2}
     )
-    x = torch.randn(steps, 50, 4, generator=torch.Generator().manual_seed(steps)).double() * 0.5
-    spikes, grad = gradient(spec.build(engine).double(), x)
+    x = (torch.randn(steps, 50, 4, generator=torch.Generator().manual_seed(steps)).double() * 0.5).to(home(engine))
+    spikes, grad = gradient(spec.build(engine).to(x), x)
     expected, other = gradient(fsvae_neuron, x)
     assert torch.equal(spikes, expected)
     torch.testing.assert_close(grad, other, rtol=1e-6, atol=1e-7)
-    assert torch.equal(FSVAE.build(engine)(x), expected)
+    assert torch.equal(FSVAE.build(engine).to(x.device)(x), expected)
     assert LIFSpec() == FSVAE
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("steps", [1, 4, 20])
 def test_tcjas_neuron_is_twice_as_high(engine, steps):
-    x = dyadic(steps, 50, 4, seed=steps)
-    spikes, grad = gradient(TCJA.build(engine).double(), x)
+    x = dyadic(steps, 50, 4, seed=steps).to(home(engine))
+    spikes, grad = gradient(TCJA.build(engine).to(x), x)
     expected, other = gradient(tcja_neuron, x)
     assert torch.equal(spikes, expected)
     assert 0 < spikes.mean() < 1
@@ -105,10 +106,10 @@ def test_beta_1_integrates_without_a_leak():
 @pytest.mark.parametrize("shape", [(5, 2, 3), (5, 2, 3, 4), (5, 2, 3, 4, 2)])
 def test_constants_per_channel_are_a_neuron_a_channel(engine, shape):
     betas, thresholds = (0.1, 0.5, 0.9), (0.2, 0.4, 0.8)
-    x = torch.rand(shape)
-    together = LIFSpec(beta=betas, threshold=thresholds).build(engine)(x)
+    x = torch.rand(shape).to(home(engine))
+    together = LIFSpec(beta=betas, threshold=thresholds).build(engine).to(x.device)(x)
     for c, (beta, threshold) in enumerate(zip(betas, thresholds, strict=True)):
-        alone = LIFSpec(beta=beta, threshold=threshold).build(engine)
+        alone = LIFSpec(beta=beta, threshold=threshold).build(engine).to(x.device)
         assert torch.equal(together[:, :, c : c + 1], alone(x[:, :, c : c + 1]))
 
 
@@ -126,8 +127,8 @@ def test_stepping_is_the_forward(reset, values):
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_no_state_two_backwards_and_deepcopy(engine):
-    neuron = LIFSpec(learn_beta=True, learn_threshold=True).build(engine)
-    x = torch.rand(6, 2, 3, requires_grad=True)
+    neuron = LIFSpec(learn_beta=True, learn_threshold=True).build(engine).to(home(engine))
+    x = torch.rand(6, 2, 3).to(home(engine)).requires_grad_()
     grads = []
     for _ in range(2):
         spikes = neuron(x)
@@ -189,8 +190,8 @@ def test_no_value_at_all_is_refused(name):
 @pytest.mark.parametrize("name", ["beta", "threshold"])
 @pytest.mark.parametrize(("values", "channels"), [(3, 1), (3, 4), (4, 3), (2, 1)])
 def test_a_wrong_number_of_channels_is_refused(engine, name, values, channels):
-    neuron = LIFSpec(**{name: (0.5,) * values}).build(engine)
-    x = torch.rand(3, 2, channels, 2, 2)
+    neuron = LIFSpec(**{name: (0.5,) * values}).build(engine).to(home(engine))
+    x = torch.rand(3, 2, channels, 2, 2).to(home(engine))
     with pytest.raises(UserError, match=f"{values}.*{channels}"):
         neuron(x)
     with pytest.raises(UserError, match=f"{values}.*{channels}"):

@@ -151,13 +151,13 @@ def test_the_saved_weights_are_the_moving_average(tmp_path: Path) -> None:
 def test_the_moving_average_is_the_recursion() -> None:
     layer = torch.nn.BatchNorm1d(3).double()
     layer.num_batches_tracked = None  # whole numbers have no mean
-    average = loop.MovingAverage(layer, 0.8)
+    average, expected = loop.MovingAverage(layer, 0.8), torch.zeros(4, 3, dtype=torch.float64)
     for count in range(30):
         values = torch.rand(4, 3, dtype=torch.float64)
         with torch.no_grad():
             layer.weight.copy_(values[0]), layer.running_mean.copy_(values[1])
         decay = min(0.8, (1 + count) / (10 + count)) if count else 0
-        expected = values if not count else decay * expected + (1 - decay) * values
+        expected = decay * expected + (1 - decay) * values
         average.update_parameters(layer)
     torch.testing.assert_close(average.module.weight.detach(), expected[0])
     torch.testing.assert_close(average.module.running_mean, expected[1])

@@ -17,6 +17,7 @@ from spikegen.neurons import LIFSpec
 from spikegen.spec import UserError
 from spikegen.stages import StageSpec
 from spikegen.vae import ModelConfig, SpikingVAE
+from tests.inputs import home
 
 CLASSES = ("cat", "dog", "owl")
 LIVELY = LIFSpec(beta=0.5, threshold=0.2)
@@ -150,6 +151,7 @@ def test_in_training_draws_are_torchs():
 @pytest.mark.parametrize("engine", ENGINES)
 def test_two_backwards_in_a_row_and_deepcopy_between(engine):
     model, x, label = build(engine=engine), images(), torch.tensor([0, 1, 2])
+    model, x, label = (each.to(home(engine)) for each in (model, x, label))
     grads = []
     for _ in range(2):
         model.zero_grad()
@@ -163,7 +165,7 @@ def test_two_backwards_in_a_row_and_deepcopy_between(engine):
 def test_engines_agree():
     x, label = images().double(), torch.tensor([0, 1, 2])
     results = []
-    for engine in ENGINES:
+    for engine in (name for name in ENGINES if home(name) == "cpu"):  # elsewhere other numbers are drawn
         torch.manual_seed(1)
         model = build(engine=engine, attention={"kind": "tcja"}).double()
         torch.manual_seed(2)

@@ -32,13 +32,13 @@ PLAIN = {"reference": reference.scan, "torch": analytic.scan}
 
 
 def lif_scan(
-    x: Float[Tensor, "T *n"],
+    x: Float[Tensor, " T *n"],
     beta: Float[Tensor, "*b"],
     threshold: Float[Tensor, "*h"],
     reset: Reset,
     surrogate: AnySurrogate,
     engine: Engine = "auto",
-) -> Float[Tensor, "T *n"]:
+) -> Float[Tensor, " T *n"]:
     """Spikes of currents: U[t] = beta U[t-1] + X[t] - reset, S[t] = U[t] > threshold, from U = 0.
 
     `beta` (clamped to [0, 1]) and `threshold` broadcast against x[0]. The membrane is held in float32 where `x` is
@@ -78,13 +78,13 @@ def normed_scan(
 
 
 def modulated_scan(
-    x: Float[Tensor, "T *n"],
+    x: Float[Tensor, " T *n"],
     beta: Float[Tensor, "*b"],
     threshold: Float[Tensor, "*h"],
     reset: Reset,
     surrogate: AnySurrogate,
     change: Callable[[Tensor], Tensor],
-) -> Float[Tensor, "T *n"]:
+) -> Float[Tensor, " T *n"]:
     """`lif_scan` where each step's membrane is change(membrane) before it fires; the same on every engine."""
     return modulated.scan(x, *_wide(x, beta, threshold), reset, surrogate, change)
 
