@@ -5,6 +5,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+GOLDEN_RATIO = 0x9E3779B97F4A7C15
+"""2^64 over it."""
+
 
 def uniform_per_image(
     seed: int, first: int, count: int, shape: tuple[int, ...], device: torch.device | str = "cpu"
@@ -19,6 +22,17 @@ def uniform_per_image(
         for k in range(first, first + count)
     ]
     return torch.from_numpy(np.stack(rows, axis=1)).to(device)
+
+
+def evenly_spread(seed: int, first: int, count: int) -> Float[Tensor, " {count}"]:
+    """The float64 numbers first .. first+count-1 of a sequence in [0, 1) of which any run is spread evenly.
+
+    Its start is drawn for the seed; every step is the golden ratio's, modulo 1 (a Weyl sequence): each number alone is
+    uniform, and a part of [0, 1) of length p has p n of n successive ones, give or take a few.
+    """
+    start = np.random.Philox(key=np.array([seed % 2**64, 0], np.uint64)).random_raw(1)
+    whole = start + np.arange(first, first + count, dtype=np.uint64) * np.uint64(GOLDEN_RATIO)  # modulo 2^64
+    return torch.from_numpy((whole >> np.uint64(11)) * 2.0**-53)
 
 
 def standard_normal(uniform: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:

@@ -11,14 +11,12 @@ from pydantic import Field
 from torch import Tensor
 
 from spikegen.data import to_model, to_uint8
+from spikegen.draws import GOLDEN_RATIO
 from spikegen.progress import progress_bar
 from spikegen.spec import Spec, UserError
 from spikegen.vae import SAMPLE_CHUNK, SpikingVAE
 
 Made = TypeVar("Made")
-
-NEXT_DRAW = 0x9E3779B97F4A7C15
-"""From one draw's seed to the next one's, modulo 2^64: far from the seeds that people choose."""
 
 
 class Sampling(Spec):
@@ -96,7 +94,7 @@ def _recognised(model: SpikingVAE, num: int, seed: int, label: int | None, candi
                 if not len(wrong):
                     break
                 again = [first + i for i in wrong.tolist()]
-                images[wrong] = model.redraw(again, wanted[wrong], seed=seed + draw * NEXT_DRAW).to(images.dtype)
+                images[wrong] = model.redraw(again, wanted[wrong], seed=seed + draw * GOLDEN_RATIO).to(images.dtype)
         yield images[: num - first]
 
 

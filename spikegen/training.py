@@ -74,6 +74,8 @@ def train(config: Config, out: str | Path, *, resume: bool = False, device: str 
         session = Session(run, config, accelerator, train_set, test_set, engine, writer, stop)
         torch.manual_seed(settings.seed)
         model = build_model(config, train_set.classes)
+        if isinstance(model, SpikingVAE) and train_set.labels is not None:
+            model.count_labels(train_set.labels)
         if encoder is not None:
             model.encoder.load_state_dict(encoder)
         model = model.to(accelerator.device)

@@ -14,7 +14,7 @@ from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from spikegen.attention import Attention
-from spikegen.draws import uniform_per_image
+from spikegen.draws import evenly_spread, uniform_per_image
 from spikegen.encoder import Encoder, EncoderStage, EncoderStageSpec, check_stages, reduction
 from spikegen.encoding import DirectSpec, EncodingSpec
 from spikegen.graphs import Call, recorded
@@ -104,6 +104,8 @@ class SpikingVAE(nn.Module, PyTorchModelHubMixin):
     same call gives the same answer.
     """
 
+    label_shares: Tensor | None
+
     def __init__(self, model: ModelConfig, image_shape: tuple[int, int, int], classes: tuple[str, ...] = ()):
         super().__init__()
         channels, height, width = image_shape
@@ -116,6 +118,9 @@ class SpikingVAE(nn.Module, PyTorchModelHubMixin):
             raise UserError("model.conditional needs class labels, but the data has none; set it to false")
         self.config, self.image_shape, self.classes = model, image_shape, classes
         self.prior: MaskedPrior | None = None
+        self.register_buffer(
+            "label_shares", torch.full((len(classes),), 1 / len(classes)) if model.conditional else None
+        )
         neuron, engine, steps = model.neuron, model.engine, model.num_steps
 
         # ---- encoder
@@ -198,7 +203,7 @@ class SpikingVAE(nn.Module, PyTorchModelHubMixin):
     ) -> Float[Tensor, "{num} C H W"]:
         """The images first .. first+num-1 of a seed; image k depends on (model, seed, k) alone.
 
-        A conditional model draws each image's class uniformly unless `label` fixes it.
+        A conditional model draws each class as often as its training images have it, unless `label` fixes it.
         """
         return torch.cat(list(self.samples(num, seed=seed, label=label, first=first)))
 
@@ -231,11 +236,21 @@ class SpikingVAE(nn.Module, PyTorchModelHubMixin):
         return torch.cat(made)
 
     def sample_labels(self, num: int, *, seed: int = 0, first: int = 0) -> Int64[Tensor, " {num}"] | None:
-        """The classes that `sample` draws when none is fixed; None where the model is not conditional."""
-        if not self.config.conditional:
+        """The classes that `sample` draws when none is fixed; None where the model is not conditional.
+
+        Any run of them has the classes in their shares, but for a few: how many of a class there are is not chance.
+        """
+        if self.label_shares is None:
             return None
-        draws = uniform_per_image(~seed, first, num, (1,))[0]
-        return (draws * len(self.classes)).long()
+        edges = self.label_shares.cpu().double().cumsum(0)
+        places = torch.searchsorted(edges, evenly_spread(~seed, first, num) * edges[-1], right=True)
+        return places.clamp(max=len(edges) - 1)
+
+    def count_labels(self, label: Int64[Tensor, " N"]) -> None:
+        """Make the shares of the classes, equal at first, those of these labels; no-op in a model without labels."""
+        if self.label_shares is not None:
+            counts = torch.bincount(label, minlength=len(self.classes))
+            self.label_shares.copy_(counts / counts.sum())
 
     def add_prior(self, spec: MaskedSpec) -> MaskedPrior:
         """A prior to learn over this model's spikes; samples are drawn from it from now on."""

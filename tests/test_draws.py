@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from spikegen.draws import uniform_per_image
+from spikegen.draws import evenly_spread, uniform_per_image
 
 
 @pytest.mark.parametrize("seed", [0, 7, -1, -12345, 2**63, 2**64 - 1])
@@ -50,3 +50,21 @@ def test_uniform_in_0_to_1_and_independent():
     assert chi2 < 50  # 19 degrees of freedom: 50 has a chance of 1e-4
     of_images = torch.corrcoef(x.transpose(0, 1).flatten(1)) - torch.eye(100)
     assert of_images.abs().max() < 0.16  # 1,000 numbers each: five deviations
+
+
+@pytest.mark.parametrize("seed", [0, -1, 2**64 - 1])
+@pytest.mark.parametrize("first", [0, 3, 2**40])
+def test_any_run_is_spread_evenly(seed, first):
+    x = evenly_spread(seed, first, 3000)
+    assert x.dtype == torch.float64
+    assert torch.equal(evenly_spread(seed, first + 70, 5), x[70:75])
+    for count in (10, 64, 1000, 3000):
+        for low, high in ((0, 0.1), (0.35, 0.9), (0.985, 1)):
+            inside = ((x[:count] >= low) & (x[:count] < high)).sum().item()
+            assert abs(inside - (high - low) * count) < 4, (count, low)
+
+
+def test_where_it_starts_is_uniform():
+    starts = torch.cat([evenly_spread(seed, 0, 1) for seed in range(2000)])
+    counts = torch.histc(starts, 20, 0, 1)
+    assert ((counts - 100) ** 2 / 100).sum() < 50  # chi-squared, 19 degrees of freedom: a chance of 1e-4

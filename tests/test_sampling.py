@@ -8,9 +8,10 @@ import torch
 from spikegen.cli import entry
 
 from spikegen.data import to_model, to_uint8
+from spikegen.draws import GOLDEN_RATIO
 from spikegen.plots import write_images
 from spikegen.prior import MaskedSpec
-from spikegen.sampling import NEXT_DRAW, Sampling, generate
+from spikegen.sampling import Sampling, generate
 from spikegen.scoring import score
 from spikegen.spec import UserError
 from spikegen.threshold_norm import ThresholdNorm
@@ -117,7 +118,7 @@ def test_candidates_redraw_what_the_head_does_not_recognise(prior):
     wrong = ~right[0]
     assert 10 < wrong.sum() < 60
     assert torch.equal(once[~wrong], twice[~wrong])
-    again = vae.redraw(wrong.nonzero()[:, 0].tolist(), labels[wrong], seed=3 + NEXT_DRAW)
+    again = vae.redraw(wrong.nonzero()[:, 0].tolist(), labels[wrong], seed=3 + GOLDEN_RATIO)
     assert torch.equal(to_uint8(again), twice[wrong])
     assert right[0].sum() <= right[1].sum() <= right[2].sum()
     assert not prior or right[0].sum() < right[2].sum()  # the latent's own images are all of one class here

@@ -548,3 +548,14 @@ def test_no_such_model_is_refused(tmp_path):
     refused(tmp_path, tmp_path / "config.json")
     (tmp_path / "file").write_text("x")
     refused(tmp_path / "file", tmp_path / "file")
+
+
+def test_labels_are_drawn_in_their_shares():
+    model = build(conditional=True)
+    assert torch.bincount(model.sample_labels(300, seed=2), minlength=3).sub(100).abs().max() < 4
+    model.count_labels(torch.tensor([2] * 7 + [0] * 3))
+    drawn = model.sample_labels(1000, seed=2)
+    assert torch.bincount(drawn, minlength=3).sub(torch.tensor([300, 0, 700])).abs().max() < 4
+    assert torch.equal(model.sample_labels(10, seed=2, first=990), drawn[990:])
+    assert not torch.equal(model.sample_labels(1000, seed=3), drawn)
+    assert build(conditional=False).sample_labels(3) is None
