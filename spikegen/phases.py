@@ -149,9 +149,9 @@ def refining_phase(
         if settings.perceptual:
             distance = partial(perceived, judge)
         if settings.matching:
-            features = partial(_features, judge)
-            matching = FeatureMatching(features, _label_means(session, vae, features, seen))
-    game = Game(vae, settings.width if settings.adversarial else 0, distance, matching)
+            matching = _matching(session, vae, judge, settings, kept | (state or {}), seen)
+            kept["seen"] = matching.seen
+    game = Game(vae, settings.width if settings.adversarial else 0, distance)
     average = MovingAverage(game, settings.ema)
     averaged = cast(Game, average.module).vae
     conditional = vae.config.conditional
@@ -167,7 +167,10 @@ def refining_phase(
     def loss(wrapped: nn.Module, image: Tensor, label: Tensor | None, progress: float) -> Parts:
         which = torch.randint(spikes.shape[1], (len(image),), device=spikes.device)
         drawn = None if labels is None else labels[which]
-        parts: Parts = wrapped(image, label if conditional else None, spikes[:, which].to(image.dtype), drawn)
+        parts, samples = wrapped(image, label if conditional else None, spikes[:, which].to(image.dtype), drawn)
+        if matching is not None:
+            with torch.autocast(image.device.type, enabled=False):
+                parts["matching"] = matching(samples, which)
         return parts | {f"loss/{name}": weight * parts[name] for name, weight in weights.items() if name in parts}
 
     return Phase(
@@ -177,11 +180,6 @@ def refining_phase(
 
 
 # ---- parts of the above ----------------------------------------------------------------------------------------------
-
-
-def _features(judge: SmallCNN, images: Tensor) -> Tensor:
-    found: Features = judge(images)
-    return found.features
 
 
 def _agreed(vae: SpikingVAE, session: Session) -> State:
@@ -230,22 +228,42 @@ def _draw(session: Session, vae: SpikingVAE, settings: RefinementConfig, seen: i
 
 
 @torch.no_grad()
-def _label_means(session: Session, vae: SpikingVAE, features: Callable[[Tensor], Tensor], seen: int) -> Tensor:
-    """The mean features [K, d] of each label's training images, NaN where there are none; without labels of all.
+def _matching(
+    session: Session, vae: SpikingVAE, judge: SmallCNN, settings: RefinementConfig, state: State, seen: int
+) -> FeatureMatching:
+    """Of the samples that `state` holds, and their features if it does, and the training images.
 
-    Where training flips images, they are of the images and their mirror images.
+    Where training flips images, half of the images are mirror images; without labels all are of one.
     """
-    data, found = session.train_set, []
-    for k in range(0, len(data), BATCH):
-        leave_if_stopped(session, seen)
-        images = to_model(data.images[k : k + BATCH].to(vae.device))
-        views = [images, images.flip(-1)] if session.config.data.flip else [images]
-        found.append(torch.stack([features(view) for view in views]).mean(0))
-    each, labels, kinds = torch.cat(found), data.labels, len(vae.classes)
-    if labels is None or not vae.config.conditional:
-        labels, kinds = torch.zeros(len(data), dtype=torch.int64), 1
-    chosen = F.one_hot(labels.to(each.device), kinds).to(each.dtype)
-    return chosen.T @ each / chosen.sum(0)[:, None]
+    data, spikes, drawn = session.train_set, state["spikes"], state["labels"]
+
+    def features(images: Tensor) -> Tensor:
+        found: Features = judge(images)
+        return found.features
+
+    def all_features(images: Callable[[slice], Tensor], count: int) -> Tensor:
+        found = []
+        for k in range(0, count, BATCH):
+            leave_if_stopped(session, seen)
+            found.append(features(images(slice(k, k + BATCH)).float()))
+        return torch.cat(found)
+
+    def image(part: slice) -> Tensor:
+        images = to_model(data.images[part].to(vae.device))
+        if session.config.data.flip:
+            images[::2] = images[::2].flip(-1)
+        return images
+
+    def sample(part: slice) -> Tensor:
+        with torch.autocast(vae.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+            return vae.eval().decode(spikes[:, part].to(next(vae.parameters()).dtype))
+
+    images = all_features(image, len(data))
+    samples = state["seen"] if "seen" in state else all_features(sample, spikes.shape[1])
+    if data.labels is None or drawn is None:
+        own = torch.zeros(len(images) + len(samples), dtype=torch.int64, device=vae.device)
+        return FeatureMatching(features, images, own[: len(images)], samples, own[len(images) :])
+    return FeatureMatching(features, images, data.labels.to(vae.device), samples, drawn)
 
 
 @torch.no_grad()

@@ -2,8 +2,8 @@
 
 The two play the relativistic game (RpGAN with zero-centred penalties, arXiv 2501.05441), over spikes that the frozen
 prior drew once; copies of images must stay what they were. Beside it, or alone, what a fixed network sees in a label's
-samples must be on average what it sees in the label's images. The discriminator is an ordinary network that training
-alone needs: it is not saved with the model.
+samples must have the distribution of what it sees in the label's images. The discriminator is an ordinary network that
+training alone needs: it is not saved with the model.
 """
 
 import math
@@ -20,8 +20,8 @@ from spikegen.vae import SpikingVAE
 PROBE = 0.01
 """The standard deviation of the steps in which the penalty measures a slope, in units of pixels in [-1, 1]."""
 
-MEMORY = 0.99
-"""What each new sample of a label leaves of its running mean: that of the newest hundred or so."""
+DRAWS = 400
+"""Images, and samples, that each sample's features are compared with; drawn anew at every step."""
 
 
 class Discriminator(nn.Module):
@@ -53,42 +53,67 @@ class Discriminator(nn.Module):
         return score
 
 
-class FeatureMatching(nn.Module):
-    """How far the mean features of each label's samples are from those of its images (feature matching,
-    arXiv 1606.03498, by label).
+class FeatureMatching:
+    """How far what a network sees in each label's samples is from what it sees in its images (feature matching,
+    arXiv 1606.03498, by label): the energy distance 2 E|X - Y| - E|X - X'| - E|Y - Y'| of its features, X and X' of
+    samples, Y and Y' of images, zero where both have one distribution (Szekely and Rizzo, 2013).
 
-    A batch has too few samples of a label for a mean, so theirs runs on from batch to batch; the gradient is that of
-    the batch's share. `expected` are the images' means; NaN for a label that has none, whose samples do not count.
+    A batch has few samples of a label, so each is compared with `DRAWS` images of its label and as many of the samples
+    that there are, as they were when last decoded: `seen`, of `labels`, which moves on in place. Samples of a label
+    that no image has do not count.
     """
 
-    expected: Tensor
-    running: Tensor
+    def __init__(
+        self,
+        features: Callable[[Tensor], Tensor],
+        images: Float[Tensor, "N d"],
+        image_labels: Int64[Tensor, " N"],
+        seen: Float[Tensor, "M d"],
+        labels: Int64[Tensor, " M"],
+    ):
+        self.features, self.seen, self.labels = features, seen, labels
+        self.images, self.image_labels = images, image_labels
+        kinds = int(torch.cat([labels, image_labels]).max()) + 1
+        self._samples, self._images = _Groups(labels, kinds), _Groups(image_labels, kinds)
 
-    def __init__(self, features: Callable[[Tensor], Tensor], expected: Float[Tensor, "K d"]):
-        super().__init__()
-        self.features = features
-        self.register_buffer("expected", expected)
-        self.register_buffer("running", expected.clone())
+    def __call__(self, samples: Float[Tensor, "B C H W"], which: Int64[Tensor, " B"]) -> Float[Tensor, ""]:
+        """The distance, the mean over the samples' labels; `which` of all samples they are."""
+        found, label = self.features(samples).float(), self.labels[which]
+        images = self.images[self._images.draw(label, DRAWS)]
+        across = _distances(found, images).mean(1)
+        others = self._samples.draw(label, DRAWS)
+        within = _distances(found, self.seen[others]).masked_fill(others == which[:, None], 0).mean(1)  # itself: 0
+        spread = (images[:, 1:] - images[:, :-1]).norm(dim=2).mean(1)
+        self.seen[which] = found.detach()
+        # Both X and X' move with the decoder: the slope of E|X - X'| is twice that of X alone.
+        each = 2 * across - 2 * within + within.detach() - spread
+        counts = self._images.count[label] > 0
+        return (each * counts).sum() / counts.sum().clamp(min=1)
 
-    def forward(self, samples: Float[Tensor, "B C H W"], label: Int64[Tensor, " B"] | None) -> Float[Tensor, ""]:
-        """The squared distance, the mean over the samples' labels; every sample is of label 0 where there are none."""
-        found = self.features(samples).float()
-        label = torch.zeros(len(found), dtype=torch.int64, device=found.device) if label is None else label
-        chosen = F.one_hot(label, len(self.expected)).to(found.dtype)
-        count = chosen.sum(0)
-        newest = chosen.T @ found / count.clamp(min=1)[:, None]
-        with torch.no_grad():
-            self.running.lerp_(newest, 1 - MEMORY ** count[:, None])
-        apart = (self.running - self.expected).nan_to_num()
-        squared = (apart + newest - newest.detach()).square().sum(1)  # its slope is 2 apart, whatever the batch's share
-        return (squared * count).sum() / count.sum()
+
+class _Groups:
+    """Which of many things are of each label, to draw from."""
+
+    def __init__(self, label: Int64[Tensor, " N"], kinds: int):
+        self.count = torch.bincount(label, minlength=kinds)
+        self.order, self.first = label.argsort(stable=True), self.count.cumsum(0) - self.count
+
+    def draw(self, label: Int64[Tensor, " B"], num: int) -> Int64[Tensor, "B {num}"]:
+        """`num` things of each of these labels, drawn with replacement; of a label that has none, any."""
+        place = torch.rand(len(label), num, device=label.device) * self.count[label, None]
+        return self.order[(self.first[label, None] + place.long()).clamp(max=len(self.order) - 1)]
+
+
+def _distances(one: Float[Tensor, "B d"], many: Float[Tensor, "B n d"]) -> Float[Tensor, "B n"]:
+    """Of each from its own many; the slope at no distance is 0."""
+    return torch.cdist(one[:, None], many, compute_mode="donot_use_mm_for_euclid_dist")[:, 0]
 
 
 class Game(nn.Module):
     """Both players; of the model only the decoder learns, its norms as they are in sampling.
 
-    `distance`, of copies to their images, and `matching`, of samples to images, are terms of their own where they are
-    given. `width` is the discriminator's; at 0 there is none, and the decoder plays alone.
+    `distance`, of copies to their images, is a term of its own where it is given. `width` is the discriminator's; at 0
+    there is none, and the decoder plays alone.
     """
 
     def __init__(
@@ -96,10 +121,9 @@ class Game(nn.Module):
         vae: SpikingVAE,
         width: int,
         distance: Callable[[Tensor, Tensor], Tensor] | None = None,
-        matching: FeatureMatching | None = None,
     ):
         super().__init__()
-        self.distance, self.matching = distance, matching
+        self.distance = distance
         self.vae = vae.requires_grad_(False)
         for part in (vae.expand, vae.decoder, vae.readout):
             part.requires_grad_(True)
@@ -118,8 +142,9 @@ class Game(nn.Module):
         label: Int64[Tensor, " B"] | None,
         spikes: Float[Tensor, "T b D"],
         drawn_label: Int64[Tensor, " b"] | None,
-    ) -> dict[str, Float[Tensor, ""]]:
-        """The unweighted terms: `discriminator` and `penalty` move the discriminator, the others the decoder.
+    ) -> tuple[dict[str, Float[Tensor, ""]], Float[Tensor, "b C H W"]]:
+        """The unweighted terms, and the samples; `discriminator` and `penalty` move the discriminator, the others the
+        decoder.
 
         `spikes` and `drawn_label` are the prior's, as many as there are images.
         """
@@ -127,12 +152,12 @@ class Game(nn.Module):
             own = self.vae.encode(image, seed=None).spikes
         copies, samples = self.vae.decode(torch.cat([own, spikes.to(own.dtype)], 1)).float().chunk(2)
         with torch.autocast(image.device.type, enabled=False):
-            return {
+            parts = {
                 "recon": reconstruction(copies, image),
                 **({} if self.distance is None else {"perceptual": self.distance(copies, image)}),
-                **({} if self.matching is None else {"matching": self.matching(samples, drawn_label)}),
                 **self._scores(image, label, samples, drawn_label),
             }
+        return parts, samples
 
     def _scores(self, image: Tensor, label: Tensor | None, samples: Tensor, drawn: Tensor | None) -> dict[str, Tensor]:
         if self.discriminator is None:

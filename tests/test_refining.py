@@ -13,11 +13,12 @@ import torch.nn.functional as F
 
 import spikegen.loop as loop
 import spikegen.phases as phases
+import spikegen.refining as refining
 from spikegen import UserError, train
 from spikegen.data import to_model
 from spikegen.extractors import load_cnn
 from spikegen.objective import perceived
-from spikegen.refining import MEMORY, Discriminator, FeatureMatching, Game
+from spikegen.refining import Discriminator, FeatureMatching, Game
 from spikegen.runs import Run
 from spikegen.training import build_model
 from tests.test_training import PRIOR, SPATIAL, weights_of
@@ -42,8 +43,7 @@ def build_game(**changes: Any) -> tuple[Game, tuple[torch.Tensor, ...]]:
     image = torch.rand(16, *vae.image_shape) * 2 - 1
     label = None if labels is None else torch.arange(16) % 10
     distance = partial(perceived, load_cnn("digits").eval().requires_grad_(False))
-    matching = FeatureMatching(lambda x: x.mean((2, 3)), torch.zeros(10 if labels is not None else 1, 1))
-    return Game(vae, 4, distance, matching).train(), (image, label, spikes, labels)
+    return Game(vae, 4, distance).train(), (image, label, spikes, labels)
 
 
 @pytest.mark.parametrize("shape", [(1, 4, 4), (3, 8, 8), (1, 28, 28), (3, 64, 64)])
@@ -60,14 +60,14 @@ def test_a_discriminator_scores_images_of_any_size_each_alone(shape: tuple[int, 
         assert not torch.equal(judge(image, (label + 1) % 3), found)
 
 
-@pytest.mark.parametrize("term", ["recon", "perceptual", "matching", "adversarial", "discriminator", "penalty"])
+@pytest.mark.parametrize("term", ["recon", "perceptual", "adversarial", "discriminator", "penalty"])
 @pytest.mark.parametrize("conditional", [True, False])
 def test_each_term_moves_its_own_player(term: str, conditional: bool) -> None:
     game, batch = build_game(model__conditional=conditional)
-    game(*batch)[term].backward()
+    game(*batch)[0][term].backward()
     moved = {name for name, p in game.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     assert moved
-    player = "vae." if term in ("recon", "perceptual", "matching", "adversarial") else "discriminator."
+    player = "vae." if term in ("recon", "perceptual", "adversarial") else "discriminator."
     assert all(name.startswith(player) for name in moved)
     if player == "vae.":
         assert all(name.removeprefix("vae.").startswith(DECODER) for name in moved)
@@ -75,10 +75,11 @@ def test_each_term_moves_its_own_player(term: str, conditional: bool) -> None:
 
 def test_the_terms_are_those_of_the_relativistic_game() -> None:
     game, (image, label, spikes, drawn) = build_game()
-    found = game(image, label, spikes, drawn)
+    found, made = game(image, label, spikes, drawn)
     assert label is not None
     assert drawn is not None
     samples = game.vae.decode(spikes)
+    assert torch.equal(made, samples)
     real, fake = game.discriminator(image, label), game.discriminator(samples, drawn)
     torch.testing.assert_close(found["adversarial"], -F.logsigmoid(fake - real).mean())
     torch.testing.assert_close(found["discriminator"], -F.logsigmoid(real - fake).mean())
@@ -88,7 +89,7 @@ def test_the_terms_are_those_of_the_relativistic_game() -> None:
 def test_copies_are_of_the_images() -> None:
     game, (image, label, spikes, drawn) = build_game()
     game.vae.encode = lambda x, seed: type("Posterior", (), {"spikes": spikes})()
-    found = game(image, label, spikes, drawn)["recon"]
+    found = game(image, label, spikes, drawn)[0]["recon"]
     torch.testing.assert_close(found, F.mse_loss(game.vae.decode(spikes), image))
 
 
@@ -100,41 +101,71 @@ def test_the_penalty_is_the_squared_slope_at_images_and_at_samples() -> None:
         (slope,) = torch.autograd.grad(game.discriminator(x, y).sum(), x)
         expected += slope.square().flatten(1).sum(1).mean().item()
     with torch.no_grad():
-        found = [game(image, label, spikes, drawn)["penalty"].item() for _ in range(400)]
+        found = [game(image, label, spikes, drawn)[0]["penalty"].item() for _ in range(400)]
     assert sum(found) / len(found) == pytest.approx(expected, rel=0.1)
 
 
-@pytest.mark.parametrize("labels", [1, 3])
-def test_matching_is_the_distance_of_running_means_and_its_slope_is_the_newest_samples(labels: int) -> None:
-    expected = torch.randn(labels, 7)
-    weight, running = torch.randn(16, 7), [row.tolist() for row in expected]
-    matching = FeatureMatching(lambda x: x.flatten(1) @ weight, expected)
-    for _ in range(3):
-        samples = torch.randn(5, 1, 4, 4, requires_grad=True)
-        label = torch.randint(labels, (5,))
-        found = matching(samples, None if labels == 1 else label)
-        found.backward()
-        seen = samples.detach().flatten(1) @ weight
-        for k in range(labels):
-            own = [row for row, y in zip(seen, label, strict=True) if y == k]
-            for j in range(7):
-                mean = sum(row[j].item() for row in own) / max(1, len(own))
-                running[k][j] = MEMORY ** len(own) * running[k][j] + (1 - MEMORY ** len(own)) * mean
-        apart = torch.tensor(running) - expected
-        torch.testing.assert_close(matching.running, torch.tensor(running))
-        torch.testing.assert_close(found, apart.square().sum(1)[label].mean())
-        torch.testing.assert_close(samples.grad, (2 / 5 * apart[label] @ weight.T).view_as(samples))
+def energy_distance(samples: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+    """From the equation, over all pairs of different things."""
+    across = (samples[:, None] - images).square().sum(2).sqrt().mean()
+    spread = []
+    for x in (samples, images):
+        apart = [(a - b).square().sum().sqrt() for i, a in enumerate(x) for k, b in enumerate(x) if i != k]
+        spread.append(torch.stack(apart).sum() / len(x) ** 2)
+    return 2 * across - spread[0] - spread[1]
+
+
+@pytest.mark.parametrize("kinds", [1, 3])
+def test_matching_is_the_energy_distance_and_so_is_its_slope(kinds: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(refining, "DRAWS", 40_000)
+    weight = torch.randn(16, 5)
+    features = lambda x: x.flatten(1) @ weight  # noqa: E731
+    samples, images = torch.randn(12, 1, 4, 4, requires_grad=True), 2 * torch.randn(30, 1, 4, 4)
+    label, image_label = torch.arange(12) % kinds, torch.arange(30).flip(0) % kinds
+    matching = FeatureMatching(features, features(images), image_label, features(samples).detach(), label)
+    order = torch.randperm(12)
+    found = matching(samples[order], order)
+    found.backward()
+    expected = 0.0
+    for k in range(kinds):
+        expected += energy_distance(features(samples[label == k]), features(images[image_label == k])) / kinds
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
+    (slope,) = torch.autograd.grad(expected, samples)
+    torch.testing.assert_close(samples.grad, slope, rtol=0.05, atol=0.03 * slope.abs().max())
+
+
+def test_matching_remembers_what_was_last_seen_and_nothing_else_moves() -> None:
+    features = lambda x: x.flatten(1)  # noqa: E731
+    seen, labels = torch.randn(8, 4), torch.arange(8) % 2
+    matching = FeatureMatching(features, torch.randn(9, 4), torch.arange(9) % 2, seen.clone(), labels)
+    samples, which = torch.randn(3, 1, 2, 2), torch.tensor([6, 0, 3])
+    matching(samples, which)
+    assert torch.equal(matching.seen[which], features(samples))
+    rest = [k for k in range(8) if k not in which]
+    assert torch.equal(matching.seen[rest], seen[rest])
+
+
+def test_each_sample_is_compared_with_its_own_label() -> None:
+    """Labels' images lie far apart: any other's would show."""
+    features = lambda x: x.flatten(1)  # noqa: E731
+    label = torch.randint(4, (50,))
+    at = 100.0 * label[:, None].expand(-1, 4)
+    matching = FeatureMatching(features, at, label, at.clone(), label)
+    assert matching(at.view(50, 1, 2, 2), torch.arange(50)) == 0
 
 
 def test_samples_of_a_label_without_images_do_not_count() -> None:
-    matching = FeatureMatching(lambda x: x.flatten(1), torch.tensor([[torch.nan] * 4, [0.5] * 4]))
+    labels = torch.tensor([0, 1, 2, 0, 1, 2])
+    matching = FeatureMatching(
+        lambda x: x.flatten(1), torch.ones(5, 4), torch.ones(5).long(), torch.randn(6, 4), labels
+    )
     samples = torch.randn(6, 1, 2, 2, requires_grad=True)
-    found = matching(samples, torch.tensor([0, 1, 0, 1, 1, 0]))
+    found = matching(samples, torch.arange(6))
     found.backward()
     assert found > 0
     assert samples.grad is not None
-    assert [bool(row.any()) for row in samples.grad] == [False, True, False, True, True, False]
-    assert not matching(samples, torch.zeros(6, dtype=torch.int64)).any()
+    assert [bool(row.any()) for row in samples.grad] == [False, True, False, False, True, False]
+    assert not matching(samples[::3], torch.tensor([0, 3])).any()
 
 
 def test_norms_stay_as_they_are_in_sampling() -> None:
@@ -179,18 +210,38 @@ def test_a_finished_run_can_be_refined_and_only_its_decoder_changes(refined: Pat
 
 @pytest.mark.parametrize("conditional", [True, False])
 @pytest.mark.parametrize("flip", [False, True])
-def test_matching_aims_at_the_means_of_the_training_images(tmp_path: Path, conditional: bool, flip: bool) -> None:
+def test_matching_aims_at_the_training_images(
+    tmp_path: Path, conditional: bool, flip: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+
+    def built(*args: Any) -> FeatureMatching:
+        made.append((FeatureMatching(*args), args[3].clone()))
+        return made[0][0]
+
+    monkeypatch.setattr(phases, "FeatureMatching", built)
     settings = REFINEMENT["refinement"] | {"perceptual": 0.0}
     config = tiny_config(**SPATIAL, refinement=settings, model__conditional=conditional, data__flip=flip)
     run = train(config, tmp_path / "run", device="cpu")
-    found = Run(run).load_checkpoint(torch.device("cpu"))["model"]["matching.expected"]
-    judge, data = load_cnn("digits").eval(), config.data.load("train")
-    images = to_model(torch.cat([data.images, data.images.flip(-1)]) if flip else data.images)
-    labels = data.labels.repeat(2 if flip else 1)
+    (matching, first), state = made[0], Run(run).load_checkpoint(torch.device("cpu"))
+    judge, data, vae = (
+        load_cnn("digits").eval(),
+        config.data.load("train"),
+        build_model(config, config.data.class_names()),
+    )
+    vae.load_state_dict(state["vae"])
+    images = to_model(data.images)
+    if flip:
+        images[::2] = images[::2].flip(-1)
     with torch.no_grad():
-        each = judge(images).features
-    expected = [each[labels == k].mean(0) for k in range(10)] if conditional else [each.mean(0)]
-    torch.testing.assert_close(found, torch.stack(expected), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(matching.images, judge(images).features, atol=1e-4, rtol=1e-4)
+        samples = vae.eval().decode(state["spikes"].float())
+        torch.testing.assert_close(first, judge(samples).features, atol=1e-4, rtol=1e-4)
+    labels = data.labels if conditional else torch.zeros_like(data.labels)
+    assert torch.equal(matching.image_labels, labels)
+    assert torch.equal(matching.labels, state["labels"] if conditional else torch.zeros(70, dtype=torch.int64))
+    assert torch.equal(state["seen"], matching.seen)
+    assert not torch.equal(state["seen"], first)
 
 
 @pytest.mark.parametrize("steps", [1, 4])
@@ -199,7 +250,7 @@ def test_a_refinement_that_was_stopped_and_resumed_is_the_uninterrupted_one(
 ) -> None:
     real, calls = Game.forward, []
 
-    def forward(*args: Any) -> dict[str, torch.Tensor]:
+    def forward(*args: Any) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         calls.append(None)
         if len(calls) == steps:
             os.kill(os.getpid(), signal.SIGINT)
