@@ -131,7 +131,7 @@ class RefinementConfig(LoopConfig):
     perceptual: float = Field(0.0, ge=0)
     """Weight of the copies' distance to their images, as `training.losses.perceptual` has it."""
     matching: float = Field(0.0, ge=0)
-    """Weight of how far a label's samples are from its images on average, as that classifier sees them."""
+    """Weight of how far a label's samples are from its images in distribution, as that classifier sees them."""
     penalty: float = Field(0.1, ge=0)
     """Weight of half the squared slope of the discriminator at images and at samples, in its own loss."""
     width: int = Field(32, ge=1, le=2**12)
