@@ -89,19 +89,22 @@ class RecordedPass:
         return outputs
 
     def _watched(self, first: Tensor, second: Tensor | None) -> dict[str, Tensor]:
-        """Unrecorded, and again where it waits for the device: to record that would break torch's generator."""
-        drawn, mode = torch.cuda.get_rng_state(), torch.cuda.get_sync_debug_mode()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            return self._plain(first, second)
-        except RuntimeError as error:
-            self.waits = True
-            reason = str(error).partition("\n")[0]
-            warnings.warn(f"training steps cannot be recorded, and take longer: {reason}", stacklevel=3)
-        finally:
-            torch.cuda.set_sync_debug_mode(mode)
-        torch.cuda.set_rng_state(drawn)
-        return self._plain(first, second)
+        """Unrecorded, to see whether it waits for the device: to record that would break torch's generator."""
+        mode = torch.cuda.get_sync_debug_mode()
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                outputs = self._plain(first, second)
+            finally:
+                torch.cuda.set_sync_debug_mode(mode)
+        self.waits = any("synchronizing CUDA operation" in str(each.message) for each in said)
+        for each in said:
+            if "ynchroniz" not in str(each.message):  # nor that this mode is a prototype
+                warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
+        if self.waits:
+            warnings.warn("training steps wait for the device, so they are not recorded and take longer", stacklevel=3)
+        return outputs
 
     def _record(self, first: Tensor, second: Tensor | None) -> torch.cuda.CUDAGraph:
         self.first, self.second = first.clone(), None if second is None else second.clone()

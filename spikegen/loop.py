@@ -108,6 +108,13 @@ class MovingAverage(AveragedModel):
 def run_phase(session: Session, phase: Phase, state: State | None) -> None:
     """Train to the end of the phase, from its beginning or from a checkpoint's `state`."""
     trainer = _Trainer(session, phase, state)
+    try:
+        _run(session, phase, trainer)
+    finally:
+        trainer.release()
+
+
+def _run(session: Session, phase: Phase, trainer: "_Trainer") -> None:
     every = session.config.training
     with progress_bar(session.accelerator.is_main_process) as bar:
         name = ("training", "training the prior", "refining")[phase.number]
@@ -149,6 +156,11 @@ class _Trainer:
     @property
     def seen(self) -> int:
         return self.step * self.phase.settings.batch_size
+
+    def release(self) -> None:
+        """Free the recording, which refers back to this, and the gradients, which lie in its memory."""
+        self.recorded = None
+        self.optimizer.zero_grad(set_to_none=True)
 
     def learn(self) -> None:
         """One step. All its randomness is a function of (seed, phase, step, process): a resumed run draws the same."""

@@ -261,9 +261,10 @@ def _matching(
     images = all_features(image, len(data))
     samples = state["seen"] if "seen" in state else all_features(sample, spikes.shape[1])
     if data.labels is None or drawn is None:
-        own = torch.zeros(len(images) + len(samples), dtype=torch.int64, device=vae.device)
-        return FeatureMatching(features, images, own[: len(images)], samples, own[len(images) :])
-    return FeatureMatching(features, images, data.labels.to(vae.device), samples, drawn)
+        image_labels, labels = (torch.zeros(len(x), dtype=torch.int64, device=vae.device) for x in (images, samples))
+    else:
+        image_labels, labels = data.labels.to(vae.device), drawn
+    return FeatureMatching(features, images, image_labels, samples, labels, session.accelerator.gather)
 
 
 @torch.no_grad()

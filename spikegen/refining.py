@@ -60,7 +60,7 @@ class FeatureMatching:
 
     A batch has few samples of a label, so each is compared with `DRAWS` images of its label and as many of the samples
     that there are, as they were when last decoded: `seen`, of `labels`, which moves on in place. Samples of a label
-    that no image has do not count.
+    that no image has do not count. `gather` is every process's part of a tensor, which their `seen` share.
     """
 
     def __init__(
@@ -70,9 +70,9 @@ class FeatureMatching:
         image_labels: Int64[Tensor, " N"],
         seen: Float[Tensor, "M d"],
         labels: Int64[Tensor, " M"],
+        gather: Callable[[Tensor], Tensor] = lambda x: x,
     ):
-        self.features, self.seen, self.labels = features, seen, labels
-        self.images, self.image_labels = images, image_labels
+        self.features, self.seen, self.labels, self.images, self.gather = features, seen, labels, images, gather
         kinds = int(torch.cat([labels, image_labels]).max()) + 1
         self._samples, self._images = _Groups(labels, kinds), _Groups(image_labels, kinds)
 
@@ -84,7 +84,7 @@ class FeatureMatching:
         others = self._samples.draw(label, DRAWS)
         within = _distances(found, self.seen[others]).masked_fill(others == which[:, None], 0).mean(1)  # itself: 0
         spread = (images[:, 1:] - images[:, :-1]).norm(dim=2).mean(1)
-        self.seen[which] = found.detach()
+        self.seen[self.gather(which)] = self.gather(found.detach())
         # Both X and X' move with the decoder: the slope of E|X - X'| is twice that of X alone.
         each = 2 * across - 2 * within + within.detach() - spread
         counts = self._images.count[label] > 0

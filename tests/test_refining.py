@@ -216,14 +216,14 @@ def test_matching_aims_at_the_training_images(
     made = []
 
     def built(*args: Any) -> FeatureMatching:
-        made.append((FeatureMatching(*args), args[3].clone()))
+        made.append((FeatureMatching(*args), args[2], args[3].clone()))
         return made[0][0]
 
     monkeypatch.setattr(phases, "FeatureMatching", built)
     settings = REFINEMENT["refinement"] | {"perceptual": 0.0}
     config = tiny_config(**SPATIAL, refinement=settings, model__conditional=conditional, data__flip=flip)
     run = train(config, tmp_path / "run", device="cpu")
-    (matching, first), state = made[0], Run(run).load_checkpoint(torch.device("cpu"))
+    (matching, seen_labels, first), state = made[0], Run(run).load_checkpoint(torch.device("cpu"))
     judge, data, vae = (
         load_cnn("digits").eval(),
         config.data.load("train"),
@@ -238,7 +238,7 @@ def test_matching_aims_at_the_training_images(
         samples = vae.eval().decode(state["spikes"].float())
         torch.testing.assert_close(first, judge(samples).features, atol=1e-4, rtol=1e-4)
     labels = data.labels if conditional else torch.zeros_like(data.labels)
-    assert torch.equal(matching.image_labels, labels)
+    assert torch.equal(seen_labels, labels)
     assert torch.equal(matching.labels, state["labels"] if conditional else torch.zeros(70, dtype=torch.int64))
     assert torch.equal(state["seen"], matching.seen)
     assert not torch.equal(state["seen"], first)
