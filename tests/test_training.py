@@ -510,25 +510,30 @@ WATCHED = """
 import hashlib, os, sys
 from pathlib import Path
 from spikegen import training
+from tests.test_refining import REFINEMENT
 from tests.test_training import PRIOR, SPATIAL
 from tests.tiny import tiny_config
 
-original = training.prior_phase
+phases = {}
 
-def watched(*args, **values):
-    phase = original(*args, **values)
-    held = [*phase.kept()["vae"].values(), *phase.module.mixture.state_dict().values()]
-    frozen = b"".join(v.contiguous().numpy().tobytes() for v in held)
-    Path(sys.argv[1], "rank" + os.environ["RANK"]).write_text(hashlib.sha256(frozen).hexdigest())
-    return phase
+def watch(name):
+    build = getattr(training, name)
+    def watched(*args, **values):
+        phases[name] = build(*args, **values)
+        return phases[name]
+    setattr(training, name, watched)
 
-training.prior_phase = watched
-training.train(tiny_config(**SPATIAL, **PRIOR), Path(sys.argv[1], "run"), device="cpu")
+watch("prior_phase"), watch("refining_phase")
+training.train(tiny_config(**SPATIAL, **PRIOR, **REFINEMENT), Path(sys.argv[1], "run"), device="cpu")
+prior, refining = phases.values()
+held = [*prior.kept()["vae"].values(), *prior.module.mixture.state_dict().values(), refining.kept()["seen"]]
+frozen = b"".join(v.contiguous().numpy().tobytes() for v in held)
+Path(sys.argv[1], "rank" + os.environ["RANK"]).write_text(hashlib.sha256(frozen).hexdigest())
 """
 
 
 @pytest.mark.slow
-def test_two_processes_learn_the_prior_of_one_encoder(tmp_path: Path) -> None:
+def test_two_processes_learn_the_prior_of_one_encoder_and_match_the_same_samples(tmp_path: Path) -> None:
     """Each has had its own batches, and so its own statistics in the norms: the saved ones count for both."""
     (tmp_path / "watched.py").write_text(WATCHED)
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(tmp_path / "watched.py")]
@@ -542,4 +547,4 @@ def test_two_processes_learn_the_prior_of_one_encoder(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "rank0").read_text() == (tmp_path / "rank1").read_text()
-    assert Run(tmp_path / "run").load_checkpoint(torch.device("cpu"))["images_seen"] == 208 + 128
+    assert Run(tmp_path / "run").load_checkpoint(torch.device("cpu"))["images_seen"] == 208 + 128 + 112
