@@ -37,8 +37,9 @@ def load_weights(model: nn.Module, weights: Path, config: Path) -> None:
     except (SafetensorError, OSError) as error:
         raise UserError(f"cannot read {weights}: {error}; it is missing, truncated or no safetensors") from None
     except RuntimeError as error:
-        first = str(error).splitlines()[1].strip()
-        raise UserError(f"{weights} does not fit {config}: {first}") from None
+        first = str(error).splitlines()[1].strip(" .")
+        right = "use a folder as this version of spikegen saves it, or train anew"
+        raise UserError(f"{weights} does not fit {config}: {first}; {right}") from None
     if broken := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
         raise UserError(f"{weights}: {broken[0]} has numbers that are not finite; the training diverged, train anew")
 
