@@ -229,6 +229,28 @@ def test_resume_refuses_another_config(tmp_path: Path, change: dict[str, Any], l
         train(tiny_config(**change), tmp_path / "run", resume=True, device="cpu")
 
 
+def test_resume_may_record_steps_or_not(tmp_path: Path) -> None:
+    """Whether they are changes nothing but the time; a run that cannot record goes on without."""
+    done = train(tiny_config(), tmp_path / "run", device="cpu")
+    assert train(tiny_config(training__cuda_graphs=False), done, resume=True, device="cpu") == done
+
+
+def test_a_run_keeps_how_often_its_images_have_each_class(tmp_path: Path) -> None:
+    config = tiny_config()
+    run, labels = train(config, tmp_path / "run", device="cpu"), config.data.load("train").labels
+    shares = torch.bincount(labels, minlength=10) / len(labels)
+    assert shares.unique().numel() > 1  # not equally often
+    torch.testing.assert_close(weights_of(run)["label_shares"], shares)
+
+
+def test_a_phase_leaves_no_gradients_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU they lie in the memory of what was recorded, which is freed with them."""
+    phases, build = [], training.autoencoder_phase
+    monkeypatch.setattr(training, "autoencoder_phase", lambda *args: phases.append(build(*args)) or phases[0])
+    train(tiny_config(training__epochs=0.2), tmp_path / "run", device="cpu")
+    assert all(p.grad is None for p in phases[0].module.parameters())
+
+
 def test_resume_without_a_run_or_a_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is no run"):
         train(tiny_config(), tmp_path / "none", resume=True, device="cpu")

@@ -559,3 +559,14 @@ def test_labels_are_drawn_in_their_shares():
     assert torch.equal(model.sample_labels(10, seed=2, first=990), drawn[990:])
     assert not torch.equal(model.sample_labels(1000, seed=3), drawn)
     assert build(conditional=False).sample_labels(3) is None
+
+
+@pytest.mark.parametrize("encoding", ["direct", "rate"])
+def test_without_a_seed_codes_are_drawn_anew_from_torchs_generator(encoding):
+    model, x = build(encoding={"kind": encoding}), images()
+    torch.manual_seed(3)
+    first, second = model.encode(x, seed=None).spikes, model.encode(x, seed=None).spikes
+    assert not torch.equal(first, second)
+    torch.manual_seed(3)
+    assert torch.equal(model.encode(x, seed=None).spikes, first)
+    assert torch.equal(model.encode(x).spikes, model.encode(x).spikes)
