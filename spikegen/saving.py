@@ -37,7 +37,7 @@ def load_weights(model: nn.Module, weights: Path, config: Path) -> None:
     except (SafetensorError, OSError) as error:
         raise UserError(f"cannot read {weights}: {error}; it is missing, truncated or no safetensors") from None
     except RuntimeError as error:
-        first = str(error).splitlines()[1].strip(" .")
+        first = str(error).splitlines()[1].strip(" \t.")
         right = "use a folder as this version of spikegen saves it, or train anew"
         raise UserError(f"{weights} does not fit {config}: {first}; {right}") from None
     if broken := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
