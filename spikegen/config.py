@@ -117,7 +117,7 @@ class PriorConfig(LoopConfig):
 
 
 class RefinementConfig(LoopConfig):
-    """The decoder against a network that tells samples from images, after the rest; see refining.py."""
+    """A last phase in which the decoder learns from its samples, after the rest; see refining.py."""
 
     epochs: float = Field(0.5, gt=0, le=1e6)
     batch_size: int = Field(32, ge=1)
@@ -216,12 +216,25 @@ def _check_vae(config: Config, model: ModelConfig) -> None:
         raise ValueError(f"model.neuron.kind is relu, but a {kind} latent draws from spikes; use lif")
     if config.prior is not None and kind != "spatial":
         raise ValueError(f"prior needs model.latent.kind spatial, not {kind}, which has a prior of its own")
+    if config.refinement is not None:
+        _check_refinement(config.refinement, kind)
     if config.training.augment is not None:
         raise ValueError("training.augment is for classifiers; an autoencoder's images are only flipped (data.flip)")
     if config.scoring.votes != 1:
         raise ValueError("scoring.votes is of a classifier; set it to 1")
     if config.data.is_events:
         raise ValueError(f"data.name {config.data.name} is of events, which only a classifier takes (model.kind)")
+
+
+def _check_refinement(settings: RefinementConfig, latent: str) -> None:
+    if latent == "gaussian":
+        raise ValueError("refinement draws spikes, which a gaussian latent has not; set it to null")
+    if not settings.adversarial and not settings.matching:
+        raise ValueError("refinement.adversarial and refinement.matching are both 0: no loss would look at its samples")
+    defaults = RefinementConfig()
+    for name in ("penalty", "width"):
+        if not settings.adversarial and getattr(settings, name) != getattr(defaults, name):
+            raise ValueError(f"refinement.{name} is of the discriminator, which adversarial 0 leaves out; leave it out")
 
 
 def _check_classifier(config: Config, model: ClassifierConfig) -> None:

@@ -111,6 +111,8 @@ class SmallCNN(nn.Module):
     """
 
     widths = (24, 48, 64, 96)
+    smallest = 8
+    """Height and width of an image that its poolings leave a pixel of."""
 
     def __init__(self, num_classes: int = 10):
         super().__init__()

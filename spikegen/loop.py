@@ -31,6 +31,9 @@ from spikegen.vae import SpikingVAE
 Parts = dict[str, Tensor]
 State = dict[str, Any]
 
+SECTIONS = ("training", "prior", "refinement")
+"""Of the config, one for each phase."""
+
 
 class Diverged(Exception):
     """The loss or the gradient is no longer a number; the last checkpoint is kept."""
@@ -65,10 +68,10 @@ class Phase:
     average: AveragedModel
     product: SpikingVAE | SpikingClassifier
     loss: Callable[[nn.Module, Tensor, Tensor | None, float], Parts]
-    """Of (the module as prepared for these processes, images, labels, progress): terms as `loss_parts` gives them."""
+    """Of (the module as prepared for these processes, images, labels or targets, progress): as `loss_parts`."""
     evaluate: Callable[[], dict[str, float]]
     prepare: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]] = lambda image, label: (image, label)
-    """What becomes of a batch before: all that is drawn on the CPU."""
+    """Applied to a batch before the recorded passes: whatever draws on the CPU belongs here."""
     steady: bool = True
     """Whether every step does the same on the device, whatever the progress: a CUDA graph can then replay it."""
     kept: Callable[[], State] = field(default=dict)
@@ -178,7 +181,7 @@ class _Trainer:
         self.optimizer.step()
         phase.average.update_parameters(phase.module)
         self.meter.add({name: part for name, part in parts.items() if name != "norm"}, settings.batch_size)
-        _require_finite(parts, self.step, session.run)  # last: a GPU is waited for here
+        _require_finite(parts, self.step, session.run, SECTIONS[self.phase.number])  # last: a GPU is waited for here
         self.step += 1
 
     def _pass(self, image: Tensor, label: Tensor | None, progress: float) -> Parts:
@@ -351,11 +354,11 @@ def _crossed(before: int, now: int, every: int) -> bool:
     return before // every != now // every
 
 
-def _require_finite(parts: Parts, step: int, run: Run) -> None:
+def _require_finite(parts: Parts, step: int, run: Run, section: str) -> None:
     loss, norm = parts["loss"], parts["norm"]
     if not torch.isfinite(loss + norm):
         numbers = ", ".join(f"{k} {v.item():.4g}" for k, v in parts.items() if k not in ("loss", "norm"))
         raise Diverged(
             f"loss {loss.item()} and gradient norm {norm.item()} at step {step} ({numbers}); the last good checkpoint "
-            f"is kept in {run.checkpoints}: lower training.lr or training.clip and train anew"
+            f"is kept in {run.checkpoints}: lower {section}.lr or {section}.clip and train anew"
         )

@@ -97,6 +97,11 @@ def load_judge(config: Config, section: str) -> SmallCNN | None:
         raise UserError(
             f"{needing[0]} needs a shipped classifier, which {name} has not, only {', '.join(CNN_SIZES)}; set it to 0"
         )
+    if config.data.image_size < SmallCNN.smallest:
+        raise UserError(
+            f"{needing[0]} looks through a network for {SmallCNN.smallest} pixels and more; data.image_size is "
+            f"{config.data.image_size}: raise it, or set the weight to 0"
+        )
     return load_cnn(name).eval().requires_grad_(False)
 
 
@@ -139,7 +144,7 @@ def prior_phase(session: Session, vae: SpikingVAE, settings: PriorConfig, seen: 
 def refining_phase(
     session: Session, vae: SpikingVAE, settings: RefinementConfig, seen: int, state: State | None
 ) -> Phase:
-    """The decoder of `vae` against a discriminator, over spikes drawn now or, from a checkpoint's `state`, then."""
+    """The decoder of `vae` learns from samples; their spikes are drawn now, or come from a checkpoint's `state`."""
     frozen = _agreed(vae, session)
     spikes, labels = (state["spikes"], state["labels"]) if state else _draw(session, vae, settings, seen)
     kept = {"vae": frozen, "spikes": spikes, "labels": labels}
@@ -241,11 +246,14 @@ def _matching(
         found: Features = judge(images)
         return found.features
 
-    def all_features(images: Callable[[slice], Tensor], count: int) -> Tensor:
+    def all_features(images: Callable[[slice], Tensor], count: int, doing: str) -> Tensor:
         found = []
-        for k in range(0, count, BATCH):
-            leave_if_stopped(session, seen)
-            found.append(features(images(slice(k, k + BATCH)).float()))
+        with progress_bar(session.accelerator.is_main_process) as bar:
+            task = bar.add_task(doing, total=count, info="")
+            for k in range(0, count, BATCH):
+                leave_if_stopped(session, seen)
+                found.append(features(images(slice(k, k + BATCH)).float()))
+                bar.advance(task, len(found[-1]))
         return torch.cat(found)
 
     def image(part: slice) -> Tensor:
@@ -258,8 +266,8 @@ def _matching(
         with torch.autocast(vae.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
             return vae.eval().decode(spikes[:, part].to(next(vae.parameters()).dtype))
 
-    images = all_features(image, len(data))
-    samples = state["seen"] if "seen" in state else all_features(sample, spikes.shape[1])
+    images = all_features(image, len(data), "looking at images")
+    samples = state["seen"] if "seen" in state else all_features(sample, spikes.shape[1], "looking at samples")
     if data.labels is None or drawn is None:
         image_labels, labels = (torch.zeros(len(x), dtype=torch.int64, device=vae.device) for x in (images, samples))
     else:

@@ -60,7 +60,7 @@ class FeatureMatching:
 
     A batch has few samples of a label, so each is compared with `DRAWS` images of its label and as many of the samples
     that there are, as they were when last decoded: `seen`, of `labels`, which moves on in place. Samples of a label
-    that no image has do not count. `gather` is every process's part of a tensor, which their `seen` share.
+    that no image has do not count. `gather` joins all processes' parts of a tensor, so that `seen` is the same in each.
     """
 
     def __init__(
@@ -143,10 +143,11 @@ class Game(nn.Module):
         spikes: Float[Tensor, "T b D"],
         drawn_label: Int64[Tensor, " b"] | None,
     ) -> tuple[dict[str, Float[Tensor, ""]], Float[Tensor, "b C H W"]]:
-        """The unweighted terms, and the samples; `discriminator` and `penalty` move the discriminator, the others the
-        decoder.
+        """The unweighted terms, and the samples.
 
-        `spikes` and `drawn_label` are the prior's, as many as there are images.
+        `recon`, `perceptual` and `adversarial` move the decoder, `discriminator` and `penalty` the discriminator;
+        `told_apart` is a figure. Those of a discriminator are there where it is. `spikes` and `drawn_label` are the
+        prior's, as many as there are images.
         """
         with torch.no_grad():
             own = self.vae.encode(image, seed=None).spikes

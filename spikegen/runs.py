@@ -94,8 +94,9 @@ class Run:
             raise UserError(
                 f"{self.path} has no checkpoint to resume from; delete it, or choose another --out, and train anew"
             )
+        place = torch.device("cpu") if device.type == "cpu" else device  # torch.load knows no cpu:0
         try:
-            state: dict[str, Any] = torch.load(files[-1], map_location=device, weights_only=True)
+            state: dict[str, Any] = torch.load(files[-1], map_location=place, weights_only=True)
         except Exception as error:
             line = (str(error) or type(error).__name__).splitlines()[0]
             older = f"; delete it to resume from {files[-2].name}" if len(files) > 1 else ""

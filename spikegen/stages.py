@@ -23,7 +23,7 @@ def fold_time(layer: Callable[[Tensor], Tensor], x: Float[Tensor, "T B *n"]) -> 
 
 
 class PoolSpec(Spec):
-    """Pooling of size x size places: of the spikes that the attention has squeezed (the TCJA networks), or of the
+    """Pooling of size x size places: of the spikes, after the attention (the TCJA networks), or of the
     currents, between norm and neuron (the MA-SNN ones). Averaged spikes are no longer binary."""
 
     kind: Literal["max", "avg"] = "max"

@@ -58,7 +58,7 @@ class StageStepper:
             current = stage.pool(current)
         spikes = self._fire(current).to(dtype)
         if self.attention is not None and not isinstance(stage.attention, MultiAttention):
-            spikes = self.attention(spikes)
+            spikes = self.attention(spikes)  # its squeeze is of all places: before pooling, which `Stage` does first
         if stage.pool is not None and not stage.pools_currents:
             spikes = stage.pool(spikes)
         return spikes

@@ -16,14 +16,14 @@ from spikegen.data import ImageSet
 from spikegen.images import Part, to_input
 from spikegen.isometry import warn_if_unstable
 from spikegen.kernels import choose
-from spikegen.loop import Session, State, foreign_checkpoint, leave_if_stopped, run_phase
+from spikegen.loop import SECTIONS, Session, State, foreign_checkpoint, leave_if_stopped, run_phase
 from spikegen.phases import autoencoder_phase, classifier_phase, load_judge, prior_phase, refining_phase
 from spikegen.runs import Run, open_run, pick_device
 from spikegen.spec import UserError
 from spikegen.stopping import stop_signals
 from spikegen.vae import ModelConfig, SpikingVAE
 
-LATER_PHASES = ("prior", "refinement")
+LATER_PHASES = SECTIONS[1:]
 """Sections of a config that a finished run may be given."""
 
 DEVICE_LIMIT = 2 * 1024**3

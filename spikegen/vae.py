@@ -101,7 +101,7 @@ class SpikingVAE(nn.Module, PyTorchModelHubMixin):
     """Images in [-1, 1] to spikes and back; no state outlives a call.
 
     In training mode the draws are torch's; in evaluation mode they are fixed by (seed, index in the batch), so the
-    same call gives the same answer.
+    same call gives the same answer, unless `seed` is None.
     """
 
     label_shares: Tensor | None
@@ -353,6 +353,8 @@ class SpikingVAE(nn.Module, PyTorchModelHubMixin):
             raise UserError("this model was trained without labels in its prior (model.conditional): omit the label")
         if not 0 <= label < len(self.classes):
             raise UserError(f"label {label} is out of range: 0 to {len(self.classes) - 1} ({', '.join(self.classes)})")
+        if self.label_shares is not None and not self.label_shares[label]:
+            raise UserError(f"label {label} ({self.classes[label]}): no training image had it; choose another")
 
     # ---- saving and loading -------------------------------------------------------------------------------------
 

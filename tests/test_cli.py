@@ -314,14 +314,25 @@ def test_a_disk_that_fills_leaves_the_saved_model(run: Path, tmp_path: Path) -> 
     assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == before
 
 
-def test_two_processes_train_one_run(tmp_path: Path) -> None:
+def test_two_processes_train_one_run_and_resume_it(tmp_path: Path) -> None:
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--no-python"]
-    done = subprocess.run(
-        [*launch, *command("train", "digits", *tiny_flags(), "--device", "cpu", "--out", tmp_path / "run")],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert Run(tmp_path / "run").load_checkpoint(torch.device("cpu"))["images_seen"] == 208
+
+    def run(*more: str) -> dict[str, torch.Tensor]:
+        done = subprocess.run(
+            [*launch, *command("train", "digits", *tiny_flags(), "--device", "cpu", "--out", tmp_path / "run", *more)],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        state = Run(tmp_path / "run").load_checkpoint(torch.device("cpu"))
+        assert state["images_seen"] == 208
+        model: dict[str, torch.Tensor] = state["model"]
+        return model
+
+    whole = run()
+    *_, before, last = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    last.unlink()
+    assert before.exists()
+    assert all(torch.equal(v, whole[k]) for k, v in run("--resume").items())

@@ -301,7 +301,7 @@ def test_a_model_without_a_learnt_prior_is_refined_too_but_takes_none_afterwards
 
 
 def test_without_an_adversary_the_decoder_plays_alone(tmp_path: Path) -> None:
-    settings = REFINEMENT["refinement"] | {"adversarial": 0}
+    settings = {k: v for k, v in REFINEMENT["refinement"].items() if k != "width"} | {"adversarial": 0}
     run = train(tiny_config(**SPATIAL, refinement=settings), tmp_path / "run", device="cpu")
     row = next(r for r in Run(run).rows() if "matching" in r)
     assert "adversarial" not in row
@@ -309,6 +309,27 @@ def test_without_an_adversary_the_decoder_plays_alone(tmp_path: Path) -> None:
     assert row["loss"] == pytest.approx(row["recon"] + 0.3 * row["perceptual"] + 0.2 * row["matching"], rel=1e-5)
     model = Run(run).load_checkpoint(torch.device("cpu"))["model"]
     assert not any(name.startswith("discriminator") for name in model)
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({"adversarial": 0}, "both 0"),
+        ({"adversarial": 0, "matching": 1, "width": 4}, r"refinement\.width"),
+        ({"adversarial": 0, "matching": 1, "penalty": 0}, r"refinement\.penalty"),
+    ],
+)
+def test_settings_that_nothing_would_come_of_are_refused(settings: dict[str, Any], line: str) -> None:
+    with pytest.raises(UserError, match=line):
+        tiny_config(**SPATIAL, refinement=settings)
+
+
+def test_a_latent_without_spikes_is_not_refined() -> None:
+    latent = {"kind": "gaussian", "size": 4}
+    with pytest.raises(UserError, match="refinement draws spikes"):
+        tiny_config(
+            model__latent=latent, model__conditional=False, training__losses__prior="kl", refinement={"matching": 1}
+        )
 
 
 def test_a_bernoulli_latent_without_labels_is_refined(tmp_path: Path) -> None:

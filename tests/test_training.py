@@ -184,6 +184,12 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_checkpoint(tm
     assert not (tmp_path / "run" / "model").exists()
 
 
+def test_what_to_lower_is_of_the_phase_that_diverged(tmp_path: Path) -> None:
+    prior = PRIOR["prior"] | {"lr": 1e30, "schedule": "constant", "warmup": 0.0, "clip": None}
+    with pytest.raises(loop.Diverged, match=r"lower prior\.lr or prior\.clip"):
+        train(tiny_config(**SPATIAL, prior=prior), tmp_path / "run", device="cpu")
+
+
 def test_a_checkpoint_survives_a_loss_that_is_no_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, calls = phases.loss_parts, []
 
@@ -323,6 +329,8 @@ def test_what_cannot_be_built_is_found_before_the_data_is_read(tmp_path: Path) -
             {**SPATIAL, **PRIOR, "data__name": "cifar10", "refinement": {"matching": 1.0}},
             "refinement.matching needs a shipped",
         ),
+        ({"data__image_size": 4, "training__losses__perceptual": 1.0}, "losses.perceptual looks .* 8 pixels"),
+        ({"data__image_size": 4, "refinement": {"matching": 1.0}}, "refinement.matching looks .* 8 pixels"),
     ):
         with pytest.raises(UserError, match=line):
             train(tiny_config(**absent | changes), tmp_path / "run", device="cpu")

@@ -559,6 +559,8 @@ def test_labels_are_drawn_in_their_shares():
     assert torch.equal(model.sample_labels(10, seed=2, first=990), drawn[990:])
     assert not torch.equal(model.sample_labels(1000, seed=3), drawn)
     assert build(conditional=False).sample_labels(3) is None
+    with pytest.raises(UserError, match=r"label 1 \(dog\): no training image"):
+        model.sample(1, label=1)
 
 
 @pytest.mark.parametrize("encoding", ["direct", "rate"])
