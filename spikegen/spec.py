@@ -39,7 +39,8 @@ def parse(spec: type[S], values: Any, source: str) -> S:
 
 def explain(spec: type[Spec], error: ValidationError) -> str:
     """One line for the first thing wrong in `error`: the key, what was wrong, and the nearest right one."""
-    first, *more = error.errors(include_url=False)
+    # A key that is missing may be one that is misspelt: that tells more.
+    first, *more = sorted(error.errors(include_url=False), key=lambda found: found["type"] == "missing")
     loc, context = first["loc"], first.get("ctx", {})
     models, shown, others = _walk(spec, loc)
     key = ".".join(shown)

@@ -239,6 +239,10 @@ def test_a_mapping_of_overrides_is_the_same_as_strings() -> None:
         ("model.neuron.reset=soft", "model.neuron.reset is 'soft'; choose from subtract, zero"),
         ("model.latent.kind=bernouli", "did you mean bernoulli?"),
         (
+            "model.stages=[{chanels: 3}]",
+            "model.stages.0.chanels is not a key of model.stages.0; did you mean channels?",
+        ),
+        (
             "model.stages.0.chanels=3",
             "model.stages.0.chanels is not a key of model.stages.0; did you mean channels?",
         ),
