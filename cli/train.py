@@ -9,15 +9,19 @@ from spikegen.cli import device
 @click.command()
 @click.argument("config")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one key; may be repeated.")
-@click.option("--out", type=click.Path(path_type=Path), help="The run folder.  [default: runs/CONFIG]")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="The run folder.  [default: runs/CONFIG; with --resume the run that CONFIG is of]",
+)
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint of --out.")
 @click.option("--dry-run", is_flag=True, help="Print the resolved config and build the model without training it.")
 @device
 def command(
     config: str, overrides: tuple[str, ...], out: Path | None, resume: bool, dry_run: bool, device: str
 ) -> None:
-    """Train CONFIG, a preset's name (see `spikegen configs`) or a YAML file."""
-    from spikegen.config import dump_config, load_config
+    """Train CONFIG: a preset's name (see `spikegen configs`), a YAML file or a run's folder."""
+    from spikegen.config import config_file, dump_config, load_config
 
     resolved = load_config(config, overrides)
     if dry_run:
@@ -29,4 +33,7 @@ def command(
         return
     from spikegen.training import train
 
-    click.echo(train(resolved, out or Path("runs", Path(config).stem), resume=resume, device=device))
+    file, own = config_file(config), Path("runs", Path(config).stem)
+    if resume and file is not None and file.name == "config.yaml":
+        own = file.parent
+    click.echo(train(resolved, out or own, resume=resume, device=device))

@@ -72,7 +72,7 @@ class LoopConfig(Spec):
     """What every phase of training has."""
 
     epochs: float = Field(10, gt=0, le=1e6)
-    batch_size: int = Field(128, ge=1)
+    batch_size: int = Field(128, ge=1, le=2**20)
     lr: float = Field(1e-3, gt=0, le=1e30)
     schedule: Literal["cosine", "constant"] = "cosine"
     warmup: float = Field(0.02, ge=0, lt=1)
@@ -120,7 +120,7 @@ class RefinementConfig(LoopConfig):
     """A last phase in which the decoder learns from its samples, after the rest; see refining.py."""
 
     epochs: float = Field(0.5, gt=0, le=1e6)
-    batch_size: int = Field(32, ge=1)
+    batch_size: int = Field(32, ge=1, le=2**20)
     lr: float = Field(4e-4, gt=0, le=1e30)
     betas: tuple[Rate, Rate] = (0.0, 0.99)
     clip: Annotated[float, Field(gt=0)] | None = None
@@ -152,7 +152,7 @@ class ScoringConfig(Spec):
     """Those that the model, the reference or the extractor cannot have are left out."""
     num: int = Field(5_000, ge=2)
     seed: int = Field(0, ge=0, lt=2**63)
-    batch_size: int = Field(250, ge=1)
+    batch_size: int = Field(250, ge=1, le=2**20)
     votes: int = Field(1, ge=1, le=2**10)
     """Views of each test image whose outputs a classifier averages: itself, and others augmented as in training."""
 
@@ -273,7 +273,7 @@ def _check_classifier(config: Config, model: ClassifierConfig) -> None:
 
 
 def load_config(name: str | Path, overrides: Sequence[str] | Mapping[str, Any] = ()) -> Config:
-    """A preset by name or a YAML file by path, with overrides as `KEY=VALUE` strings or a {key: value} mapping.
+    """A preset by name, or a YAML file or a run by path, with overrides as `KEY=VALUE` strings or {key: value}.
 
     Keys are dotted (`training.epochs`, `model.stages.0.channels`); values of strings are YAML. UserError names the
     preset or file, the key and the nearest right one.
@@ -301,15 +301,22 @@ def presets() -> dict[str, str]:
     return {f.name.removesuffix(".yaml"): f.read_text("utf-8").splitlines()[0].lstrip("# ") for f in yamls}
 
 
-def _read(name: str) -> tuple[dict[str, Any], str]:
-    path = Path(name)
+def config_file(name: str | Path) -> Path | None:
+    """The file that `load_config` reads, a run's `config.yaml` where `name` is its folder; None for a preset's name."""
+    path, inside = Path(name), Path(name) / "config.yaml"
     if path.suffix in (".yaml", ".yml") or path.is_file():
+        return path
+    return inside if str(name) not in presets() and inside.is_file() else None
+
+
+def _read(name: str) -> tuple[dict[str, Any], str]:
+    if (path := config_file(name)) is not None:
         with user_mistakes("read", path):
             text = path.read_text(encoding="utf-8")
     elif name in presets():
         text = (resources.files("spikegen.configs") / f"{name}.yaml").read_text("utf-8")
     else:
-        raise UserError(f"{name} is neither a preset nor a YAML file; {suggest(name, list(presets()))}")
+        raise UserError(f"{name} is no preset, YAML file or run; {suggest(name, list(presets()))}")
     try:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:

@@ -119,6 +119,8 @@ def run_phase(session: Session, phase: Phase, state: State | None) -> None:
 
 def _run(session: Session, phase: Phase, trainer: "_Trainer") -> None:
     every = session.config.training
+    if trainer.step == phase.steps:  # a checkpoint is written before the model, which may have been lost since
+        trainer.save_model()
     with progress_bar(session.accelerator.is_main_process) as bar:
         name = ("training", "training the prior", "refining")[phase.number]
         task = bar.add_task(name, total=phase.last - phase.first, completed=trainer.seen, info="")
@@ -221,7 +223,12 @@ class _Trainer:
             parts = {"model": phase.module, "average": phase.average, "optimizer": self.optimizer}
             state |= {name: part.state_dict() for name, part in parts.items()}
             run.save_checkpoint(state, self.session.config.training.keep_checkpoints)
-            phase.product.save(run.model)
+            self.save_model()
+
+    def save_model(self) -> None:
+        """What the phase has made so far; the first process alone."""
+        if self.session.accelerator.is_main_process:
+            self.phase.product.save(self.session.run.model)
 
     def _log(self, row: dict[str, Any]) -> None:
         if self.session.accelerator.is_main_process:

@@ -150,9 +150,7 @@ def open_run(source: str | Path, device: str = "auto") -> tuple[SpikingVAE | Spi
     if not saved.is_file() and not run.checkpoints.is_dir():
         raise UserError(f"{run.path} has neither a model nor a checkpoint: delete it and train anew")
     if not saved.is_file():
-        raise UserError(
-            f"{run.path} has no model yet; go on with: spikegen train {run.config_file} --out {run.path} --resume"
-        )
+        raise UserError(f"{run.path} has no model yet; go on with: spikegen train {run.config_file} --resume")
     model = load_model(run.model, device)
     if model.config.num_steps != config.model.num_steps:
         raise UserError(

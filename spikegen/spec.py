@@ -92,7 +92,9 @@ def _walk(spec: type[Spec], loc: tuple[int | str, ...]) -> tuple[list[type[Spec]
         elif isinstance(part, str) and part in (tags := {tag: m for m in here for tag in _tags(m)}):
             here, others = [tags[part]], {tag: m for tag, m in tags.items() if tag != part}
             continue
-        elif isinstance(part, str) and (part.startswith("function-") or part[:1].isupper() or "[" in part):
+        elif isinstance(part, str) and (
+            part.startswith(("function-", "constrained-")) or part[:1].isupper() or "[" in part
+        ):
             continue  # pydantic's own name for a branch of a union
         shown.append(str(part))
     return models, shown, others

@@ -90,10 +90,10 @@ def require_writable(path: Path) -> None:
     folder = path
     while not folder.exists():
         folder = folder.parent
-    if not os.access(folder, os.W_OK) or (path.parent.exists() and not path.parent.is_dir()):
-        raise UserError(f"cannot write {path}: {folder} is not writable")
     if not folder.is_dir() and folder != path:
         raise UserError(f"cannot write {path}: {folder} is a file, not a folder")
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"cannot write {path}: {folder} is not writable")
 
 
 def require_file(path: Path, suffix: str) -> None:

@@ -1,6 +1,7 @@
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -194,6 +195,21 @@ def test_cuda_where_there_is_none(spikegen, run: Path, tmp_path: Path, verb: str
     code, _, err = spikegen(verb, "digits" if verb == "train" else run, "--device", "cuda", *out)
     assert code == 2
     assert "no CUDA device" in err
+
+
+@pytest.mark.parametrize("inside", ["", "config.yaml"])
+def test_a_run_is_resumed_by_its_folder_and_gets_back_a_model_that_was_lost(
+    spikegen, tmp_path: Path, inside: str
+) -> None:
+    run = train(tiny_config(training__epochs=0.2), tmp_path / "run", device="cpu")
+    weights, rows = run / "model" / "model.safetensors", Run(run).rows()
+    before = weights.read_bytes()
+    shutil.rmtree(run / "model")
+    code, _, err = spikegen("sample", run, "--num", 2, "--out", tmp_path / "x.png")
+    assert (code, "go on with: spikegen train " in err) == (2, True)
+    assert spikegen("train", run / inside, "--device", "cpu", "--resume")[0] == 0
+    assert weights.read_bytes() == before
+    assert Run(run).rows() == rows
 
 
 def test_an_existing_run_without_resume(spikegen, run: Path) -> None:

@@ -251,6 +251,8 @@ def test_a_mapping_of_overrides_is_the_same_as_strings() -> None:
         ("data=3", "data is 3, but it is a section, with the keys attribute, binning, "),
         ("model.stages.9.channels=3", "'9' is no place in a list of 2; use 0 to 1"),
         ("model.stages=[]", "model.stages"),
+        ("model.neuron.threshold=null", "model.neuron.threshold: Input should be a valid number (got None)"),
+        ("training.batch_size=100000000000", "training.batch_size: Input should be less than or equal to 1048576"),
         ("model.num_steps=0", "model.num_steps: Input should be greater than or equal to 1 (got 0)"),
         ("model.num_steps=many", "model.num_steps: Input should be a valid integer"),
         ("model.neuron.beta=1.5", "model.neuron.beta"),
