@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from spikegen.extractors import Extractor, Features
@@ -70,7 +70,7 @@ def real_statistics(
     if path:
         count = torch.tensor(statistics.count)
         with contextlib.suppress(UserError, OSError), replacing(path) as beside:  # only a cache
-            save_file({"total": statistics.total, "outer": statistics.outer, "count": count}, beside)
+            beside.write_bytes(save({"total": statistics.total, "outer": statistics.outer, "count": count}))
     return statistics
 
 
@@ -87,7 +87,8 @@ def _read_statistics(path: Path, dim: int, count: int) -> Statistics | None:
 def published_statistics(path: Path, dim: int, count: int) -> Statistics:
     """The mean and covariance in an .npz file (`mu`, `sigma`), as FSVAE's authors publish them, of `count` images.
 
-    UserError where the file is absent, is none of those or holds another number of features; nothing is unpickled.
+    UserError where the file is absent, is none of those, holds another number of features or what no features can have
+    as their covariance; nothing is unpickled.
     """
     with user_mistakes("read", path), open(path, "rb"):
         pass
@@ -99,6 +100,9 @@ def published_statistics(path: Path, dim: int, count: int) -> Statistics:
     if mean.shape != (dim,) or cov.shape != (dim, dim) or not bool(cov.isfinite().all() and mean.isfinite().all()):
         shapes = f"mu {list(mean.shape)} and sigma {list(cov.shape)}"
         raise UserError(f"{path}: has {shapes}, but the extractor has {dim} features (all must be finite)")
+    spread = torch.linalg.eigvalsh(cov)  # of the lower triangle
+    if not torch.allclose(cov, cov.T, rtol=1e-4, atol=1e-6) or spread[0] < -1e-4 * spread[-1].abs() - 1e-6:
+        raise UserError(f"{path}: sigma is no covariance: it has to be symmetric, with no negative eigenvalue")
     return Statistics(mean * count, cov * (count - 1) + count * mean.outer(mean), count)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from spikegen.spec import Spec, UserError
@@ -16,7 +16,8 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 def save_model(folder: Path, state: Mapping[str, Tensor], saved: Spec) -> None:
     """Write `state` as model.safetensors and `saved` as config.json into `folder`, each beside and renamed."""
     with replacing(folder / WEIGHTS) as path:
-        save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, path)
+        # not save_file, whose file its owner alone can read
+        path.write_bytes(save({k: v.detach().cpu().contiguous() for k, v in state.items()}))
     write_json(folder / CONFIG, saved.model_dump(mode="json"))
 
 

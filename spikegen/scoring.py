@@ -73,7 +73,9 @@ def score(
     drawing = not set(chosen) <= set(COPIES)
     idle = sampling.options() or ("--num" if num else "")
     if not drawing and idle:
-        raise UserError(f"{', '.join(chosen)} need no samples, which {idle} is about: omit it")
+        raise UserError(
+            f"{', '.join(chosen)} need{'s' * (len(chosen) == 1)} no samples, which {idle} is about: omit it"
+        )
     network = None  # it may have to be downloaded
     if drawing or fixed or extractor:
         network = _load_network(extractor or choice.extractor, real, device, fixed)

@@ -17,6 +17,9 @@ def test_a_modules_weights_come_back(tmp_path: Path) -> None:
     save_model(tmp_path, first.state_dict(), SpatialSpec())
     folder = find_model(tmp_path)
     assert sorted(os.listdir(folder)) == [CONFIG, WEIGHTS]
+    assert (
+        len({(folder / name).stat().st_mode for name in (CONFIG, WEIGHTS)}) == 1
+    )  # whoever may read one may the other
     load_weights(second, folder / WEIGHTS, folder / CONFIG)
     assert all(torch.equal(second.state_dict()[k], v) for k, v in first.state_dict().items())
     with pytest.raises(UserError, match=rf"{WEIGHTS} does not fit .*{CONFIG}: size mismatch"):

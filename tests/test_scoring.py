@@ -375,6 +375,8 @@ def test_published_statistics_give_the_distance_that_the_images_give(tmp_path):
         ({"mu": np.zeros(16)}, "not statistics"),
         ({"mu": np.zeros(9), "sigma": np.eye(9)}, "extractor has 16"),
         ({"mu": np.full(16, np.nan), "sigma": np.eye(16)}, "finite"),
+        ({"mu": np.zeros(16), "sigma": -np.eye(16)}, "no covariance"),
+        ({"mu": np.zeros(16), "sigma": np.eye(16) + np.eye(16, k=1)}, "no covariance"),
         ({"mu": np.array([{}] * 16), "sigma": np.eye(16)}, "not statistics"),
     ],
 )
