@@ -62,11 +62,13 @@ class Run:
         with user_mistakes("read", self.metrics_file):
             lines = self.metrics_file.read_text(encoding="utf-8").splitlines() if self.metrics_file.exists() else []
         rows = []
-        for line in lines:
+        for number, line in enumerate(lines, 1):
             try:
                 row = json.loads(line)
             except json.JSONDecodeError:
-                break
+                if number == len(lines):
+                    break
+                raise UserError(f"{self.metrics_file}: line {number} is no JSON; mend it, or remove it") from None
             if not isinstance(row, dict) or "images_seen" not in row:
                 raise UserError(f"{self.metrics_file}: a row without images_seen; it is not a run's metrics")
             for key, value in row.items():

@@ -88,6 +88,18 @@ def test_a_resumed_run_writes_each_metrics_row_once(tmp_path: Path, monkeypatch:
     assert seen[-1] == 208
 
 
+def test_metrics_with_a_damaged_row_are_left_as_they_are(tmp_path: Path) -> None:
+    run = Run(train(tiny_config(), tmp_path / "run", device="cpu"))
+    first, *more = run.metrics_file.read_text().splitlines(keepends=True)
+    assert more
+    run.metrics_file.write_text(damaged := first + first[:9] + "\n" + "".join(more))
+    with pytest.raises(UserError, match=r"metrics\.jsonl: line 2 is no JSON"):
+        train(tiny_config(), run.path, resume=True, device="cpu")
+    assert run.metrics_file.read_text() == damaged
+    run.metrics_file.write_text(first + "".join(more) + first[:9])  # cut short by a crash
+    assert len(run.rows()) == 1 + len(more)
+
+
 def test_the_signal_handlers_are_put_back(tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     train(tiny_config(training__epochs=0.1), tmp_path / "run", device="cpu")
