@@ -1,7 +1,10 @@
 """The run folder: config, metrics, samples, model and checkpoints; and opening one."""
 
 import json
+import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,11 @@ from spikegen.saving import CONFIG, find_model
 from spikegen.spec import UserError
 from spikegen.storage import read_json, replacing, require_writable, user_mistakes, write_text
 from spikegen.vae import SpikingVAE
+
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None  # type: ignore[assignment]
 
 
 class Run:
@@ -44,6 +52,30 @@ class Run:
         require_writable(self.config_file)
         if self.path.is_dir() and any(self.path.iterdir()):
             raise UserError(f"{self.path} exists: add --resume to go on with it, or choose another --out")
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """While this process trains here; UserError where another one does (on Windows that goes unnoticed)."""
+        with user_mistakes("write", self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+        if fcntl is None:
+            yield
+            return
+        folder = os.open(self.path, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                other = "another training is at work there; wait for it, or choose another --out"
+                raise UserError(f"{self.path}: {other}") from None
+            yield
+        finally:
+            os.close(folder)
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is anything to go on from: false where a run was killed before its first checkpoint."""
+        return self.model.exists() or bool(self._checkpoint_files())
 
     def start(self, config: Config) -> None:
         """Write the config of a new run, its data folder absolute so that the run can be used from anywhere."""
@@ -149,8 +181,6 @@ def open_run(source: str | Path, device: str = "auto") -> tuple[SpikingVAE | Spi
         return load_model(source, device), None
     config = run.config()
     saved = run.model / CONFIG
-    if not saved.is_file() and not run.checkpoints.is_dir():
-        raise UserError(f"{run.path} has neither a model nor a checkpoint: delete it and train anew")
     if not saved.is_file():
         raise UserError(f"{run.path} has no model yet; go on with: spikegen train {run.config_file} --resume")
     model = load_model(run.model, device)

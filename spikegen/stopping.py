@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM during training: finish the step, save, then leave."""
+"""SIGINT, SIGTERM and SIGHUP during training: finish the step, save, then leave."""
 
 import signal
 import threading
@@ -8,17 +8,22 @@ from typing import Any
 
 
 class Interrupted(Exception):
-    """SIGINT or SIGTERM came; the checkpoint is saved."""
+    """A signal came; the checkpoint is saved."""
 
 
 @contextmanager
 def stop_signals() -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set, so that the step ends first; a second one stops at once."""
+    """An event that these signals set, so that the step ends first; a second one stops at once.
+
+    One that is ignored stays so, as SIGHUP is under `nohup`.
+    """
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    previous = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows has no SIGHUP
+    handlers = {s: signal.getsignal(s) for s in (signal.Signals[name] for name in names)}
+    previous = {s: handler for s, handler in handlers.items() if handler != signal.SIG_IGN}
 
     def handle(signum: int, _frame: Any) -> None:
         stop.set()

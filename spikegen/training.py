@@ -49,42 +49,46 @@ def train(config: Config, out: str | Path, *, resume: bool = False, device: str 
             raise UserError(f"{key} {batch} gives norms a single value in {steps} step; use 2 a process or more")
     engine = choose(config.model.engine, wanted, steps=config.model.num_steps)
     _built(config)  # finds what cannot be built before the data is fetched
-    encoder = None if resume else _given_encoder(config)
     if resume:
         _require_same(config, run.config(), run)
-    elif accelerator.is_main_process:
+    begun = resume and run.begun
+    encoder = None if begun else _given_encoder(config)
+    if accelerator.is_main_process and not resume:
         run.require_new()
     with accelerator.main_process_first():  # the others then find what it downloaded and decoded
         held_out: Part = "test" if isinstance(config.model, ModelConfig) else "validation"
         train_set, test_set = config.data.load("train"), config.data.load(held_out)
     if accelerator.device.type == "cuda" and train_set.images.nbytes <= DEVICE_LIMIT:
         train_set = _move(train_set, accelerator.device)
-    state: State | None = run.load_checkpoint(accelerator.device) if resume else None
-    number, seen = _place(state, config, run)
-    if accelerator.is_main_process:
-        if resume:
-            run.forget_after(seen)
-        if not resume or any(getattr(run.config(), phase) != getattr(config, phase) for phase in LATER_PHASES):
-            run.start(config)
-    accelerator.wait_for_everyone()
-    writer = None
-    if settings.tensorboard and accelerator.is_main_process:
-        writer = SummaryWriter(str(run.tensorboard), purge_step=seen + 1 if resume else None)
-    with writer or nullcontext(), stop_signals() as stop:
-        session = Session(run, config, accelerator, train_set, test_set, engine, writer, stop)
-        torch.manual_seed(settings.seed)
-        model = build_model(config, train_set.classes)
-        if isinstance(model, SpikingVAE) and train_set.labels is not None:
-            model.count_labels(train_set.labels)
-        if encoder is not None:
-            model.encoder.load_state_dict(encoder)
-        model = model.to(accelerator.device)
-        if state is None and accelerator.is_main_process and len(train_set):
-            warn_if_unstable(model, to_input(train_set.first_clips().images[:16].to(accelerator.device)))
-        if isinstance(model, SpikingVAE):
-            _run_phases(session, model, state, number)
-        else:
-            run_phase(session, classifier_phase(session, model), state)
+    with run.alone() if accelerator.is_main_process else nullcontext():
+        if accelerator.is_main_process and not resume:
+            run.require_new()  # another one may have begun meanwhile
+        state: State | None = run.load_checkpoint(accelerator.device) if begun else None
+        number, seen = _place(state, config, run)
+        if accelerator.is_main_process:
+            if resume:
+                run.forget_after(seen)
+            if not resume or any(getattr(run.config(), phase) != getattr(config, phase) for phase in LATER_PHASES):
+                run.start(config)
+        accelerator.wait_for_everyone()
+        writer = None
+        if settings.tensorboard and accelerator.is_main_process:
+            writer = SummaryWriter(str(run.tensorboard), purge_step=seen + 1 if resume else None)
+        with writer or nullcontext(), stop_signals() as stop:
+            session = Session(run, config, accelerator, train_set, test_set, engine, writer, stop)
+            torch.manual_seed(settings.seed)
+            model = build_model(config, train_set.classes)
+            if isinstance(model, SpikingVAE) and train_set.labels is not None:
+                model.count_labels(train_set.labels)
+            if encoder is not None:
+                model.encoder.load_state_dict(encoder)
+            model = model.to(accelerator.device)
+            if state is None and accelerator.is_main_process and len(train_set):
+                warn_if_unstable(model, to_input(train_set.first_clips().images[:16].to(accelerator.device)))
+            if isinstance(model, SpikingVAE):
+                _run_phases(session, model, state, number)
+            else:
+                run_phase(session, classifier_phase(session, model), state)
     return run.path
 
 

@@ -51,7 +51,7 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int, signum: int) -> Non
     monkeypatch.setattr(phases, "loss_parts", loss_parts)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("step", [1, 7])
 def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signum: int, step: int
@@ -86,6 +86,37 @@ def test_a_resumed_run_writes_each_metrics_row_once(tmp_path: Path, monkeypatch:
     seen = [row["images_seen"] for row in rows(tmp_path / "run") if "loss" in row]
     assert seen == sorted(set(seen))
     assert seen[-1] == 208
+
+
+def test_an_ignored_signal_stays_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as `nohup` leaves it
+    try:
+        interrupt_at(monkeypatch, 1, signal.SIGHUP)
+        train(tiny_config(training__epochs=0.2), tmp_path / "run", device="cpu")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_two_trainings_do_not_share_a_folder(tmp_path: Path) -> None:
+    new, begun = Run(tmp_path / "new"), Run(train(tiny_config(training__epochs=0.2), tmp_path / "run", device="cpu"))
+    for run in new, begun:
+        with run.alone():
+            before = {f: f.stat().st_mtime_ns for f in run.path.rglob("*")}
+            with pytest.raises(UserError, match="another training is at work"):
+                train(tiny_config(training__epochs=0.2), run.path, resume=run is begun, device="cpu")
+            assert {f: f.stat().st_mtime_ns for f in run.path.rglob("*")} == before
+    train(tiny_config(training__epochs=0.2), new.path, device="cpu")
+    train(tiny_config(training__epochs=0.2), begun.path, resume=True, device="cpu")
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_anew(tmp_path: Path) -> None:
+    whole = train(tiny_config(), tmp_path / "whole", device="cpu")
+    killed = Run(tmp_path / "killed")
+    killed.start(tiny_config())
+    killed.log(rows(whole)[0])
+    train(tiny_config(), killed.path, resume=True, device="cpu")
+    assert rows(killed.path) == rows(whole)
+    assert same(weights_of(whole), weights_of(killed.path))
 
 
 def test_metrics_with_a_damaged_row_are_left_as_they_are(tmp_path: Path) -> None:
