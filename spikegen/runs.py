@@ -117,7 +117,10 @@ class Run:
     def save_checkpoint(self, state: dict[str, Any], keep: int) -> None:
         """Write checkpoints/NNNNNNNNNNNN.pt and remove all but the newest `keep`."""
         with replacing(self.checkpoints / f"{state['images_seen']:012d}.pt") as path, open(path, "wb") as f:
-            torch.save(state, f)
+            try:
+                torch.save(state, f)
+            except RuntimeError as error:  # torch's own words, where the disk is full
+                raise error.__context__ if isinstance(error.__context__, OSError) else error from None
         for old in self._checkpoint_files()[:-keep]:
             old.unlink()
 

@@ -42,9 +42,10 @@ def explain(spec: type[Spec], error: ValidationError) -> str:
     # A key that is missing may be one that is misspelt: that tells more.
     first, *more = sorted(error.errors(include_url=False), key=lambda found: found["type"] == "missing")
     loc, context = first["loc"], first.get("ctx", {})
-    models, shown, others = _walk(spec, loc)
+    extra = first["type"] == "extra_forbidden"
+    models, shown, others = _walk(spec, loc, extra)
     key = ".".join(shown)
-    if first["type"] == "extra_forbidden":
+    if extra:
         parent, name = ".".join(shown[:-1]), str(loc[-1])
         keys = sorted({k for m in models for k in m.model_fields})
         elsewhere = sorted(tag for tag, other in others.items() if name in other.model_fields)
@@ -73,21 +74,26 @@ def explain(spec: type[Spec], error: ValidationError) -> str:
 
 def suggest(name: str, choices: list[str]) -> str:
     """'did you mean X?' for the choice nearest to `name`, else the choices."""
-    near = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
+    known = {choice.lower(): choice for choice in choices}
+    near = [known[k] for k in difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)]
     return f"did you mean {near[0]}?" if near else f"choose from {', '.join(choices)}"
 
 
-def _walk(spec: type[Spec], loc: tuple[int | str, ...]) -> tuple[list[type[Spec]], list[str], dict[str, type[Spec]]]:
-    """Follow a pydantic location from `spec`.
+def _walk(
+    spec: type[Spec], loc: tuple[int | str, ...], extra: bool
+) -> tuple[list[type[Spec]], list[str], dict[str, type[Spec]]]:
+    """Follow a pydantic location from `spec`; where `extra`, its last part is a key that a user wrote.
 
     The models that hold its last key, the path without union tags, and the other kinds where that key is of one.
     """
     models, shown = [spec], []
     here: list[type[Spec]] = [spec]
     others: dict[str, type[Spec]] = {}
-    for part in loc:
+    for place, part in enumerate(loc, 1):
         models = here
-        if isinstance(part, str) and any(part in m.model_fields for m in here):
+        if extra and place == len(loc):
+            pass
+        elif isinstance(part, str) and any(part in m.model_fields for m in here):
             here, others = _held(here, part), {}
         elif isinstance(part, str) and part in (tags := {tag: m for m in here for tag in _tags(m)}):
             here, others = [tags[part]], {tag: m for tag, m in tags.items() if tag != part}

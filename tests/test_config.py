@@ -237,6 +237,9 @@ def test_a_mapping_of_overrides_is_the_same_as_strings() -> None:
         ("model.attention.placement=post", "is only for model.attention.kind ca, csa"),
         ("model.neuron.surrogate=atann", "model.neuron.surrogate.kind is 'atann'; did you mean atan?"),
         ("model.neuron.reset=soft", "model.neuron.reset is 'soft'; choose from subtract, zero"),
+        ("training.LR=1", "digits: training.LR is not a key of training; did you mean lr?"),
+        ("Training.lr=1", "digits: Training is not a key; did you mean training?"),
+        ("model.Latent.size=1", "model.Latent is not a key of model; did you mean latent?"),
         ("model.latent.kind=bernouli", "did you mean bernoulli?"),
         (
             "model.stages=[{chanels: 3}]",
