@@ -28,23 +28,22 @@ def command(
     **sampling: Any,
 ) -> None:  # fmt: skip
     """Score SOURCE, a run, a saved model or a folder of images, against real images; a classifier by its accuracy."""
-    from spikegen.runs import scores_path
+    from spikegen.runs import require_scores, save_scores, scores_path
     from spikegen.sampling import Sampling
     from spikegen.scoring import score
     from spikegen.spec import parse
-    from spikegen.storage import require_file, write_json
 
     path = out or scores_path(source)
-    require_file(path, ".json")
+    require_scores(path)
     names = None if metrics is None else tuple(metrics.split(","))
     result = score(
         source, reference, names, num, extractor, device, protocol, statistics, parse(Sampling, sampling, "sampling")
     )
-    write_json(path, result.to_json())
+    save_scores(path, result.to_json())
     click.echo(f"{result.table()}\n{path}")
     if "confusion" in result.settings:
         from spikegen.grading import draw_confusion
 
-        picture = path.with_name("confusion.png")
+        picture = path.with_name("confusion.png" if path.stem == "scores" else f"{path.stem}-confusion.png")
         draw_confusion(result.settings["confusion"], result.settings["classes"], picture)
         click.echo(picture)

@@ -84,7 +84,7 @@ def decode(path: Path, channels: int, size: int, crop: int | None) -> UInt8[np.n
     """The image's centre square, of `crop` pixels or as large as it gets, resized. UserError: damaged."""
     try:
         with Image.open(path) as file:
-            image = _plain(ImageOps.exif_transpose(file), "L" if channels == 1 else "RGB")
+            image = plain(ImageOps.exif_transpose(file), "L" if channels == 1 else "RGB")
     except Exception:  # Pillow's readers raise nearly anything when a file is damaged
         raise UserError(f"{path}: cannot be read as an image; replace or remove it") from None
     side = min(crop or image.width, *image.size)
@@ -93,7 +93,7 @@ def decode(path: Path, channels: int, size: int, crop: int | None) -> UInt8[np.n
     return resize(torch.from_numpy(square).permute(0, 3, 1, 2), size)[0].numpy()
 
 
-def _plain(image: Image.Image, mode: str) -> Image.Image:
+def plain(image: Image.Image, mode: str) -> Image.Image:
     """8-bit grey or RGB: 16 bits are scaled (Pillow would clip them), transparency goes onto white."""
     if image.mode.startswith("I"):
         image = Image.fromarray(np.rint(np.asarray(image).clip(0, 65535) / 257).astype(np.uint8))

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from spikegen.data import DataSpec
-from spikegen.decoding import IMAGE_SUFFIXES
+from spikegen.decoding import IMAGE_SUFFIXES, plain
 from spikegen.images import Split
 from spikegen.spec import UserError, suggest
 from spikegen.storage import user_mistakes
@@ -104,9 +104,7 @@ def _read_image(path: Path) -> UInt8[Tensor, "C H W"]:
         with Image.open(path) as file:
             if file.mode.startswith(("I", "F")):
                 raise UserError(f"{path}: has more than 8 bits a channel; convert it to 8")
-            alpha = file.has_transparency_data  # dropped: a score is of the colours
-            plain = file.convert("RGBA") if alpha and file.mode == "P" else file
-            pixels = np.array(plain.convert("L" if file.mode in ("1", "L", "LA") else "RGB"))
+            pixels = np.array(plain(file, "L" if file.mode in ("1", "L", "LA") else "RGB"))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # what Pillow raises for a damaged file
         raise UserError(f"{path}: cannot be read as an image; replace or remove it") from None
     return torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).permute(2, 0, 1)

@@ -19,7 +19,16 @@ from spikegen.losses import reconstruction
 from spikegen.memory import keep_freed_memory
 from spikegen.saving import CONFIG, find_model
 from spikegen.spec import UserError
-from spikegen.storage import read_json, replacing, require_writable, user_mistakes, write_text
+from spikegen.storage import (
+    keep_aside,
+    read_json,
+    replacing,
+    require_file,
+    require_writable,
+    user_mistakes,
+    write_json,
+    write_text,
+)
 from spikegen.vae import SpikingVAE
 
 try:
@@ -165,6 +174,20 @@ def scores_path(source: str) -> Path:
     """Where scores go when not told: in a run's folder, else here: a source that is no run is left alone."""
     run = Run(source)
     return run.scores_file if run.config_file.is_file() else Path(run.scores_file.name)
+
+
+def require_scores(path: Path) -> None:
+    """UserError now, before minutes of work, where scores cannot be written to `path`, or something else is there."""
+    require_file(path, ".json")
+    if path.exists() and (not isinstance(held := read_json(path), dict) or held.keys() != {"metrics", "settings"}):
+        raise UserError(f"cannot write {path}: what it holds is no score; choose another --out")
+
+
+def save_scores(path: Path, scores: dict[str, dict[str, Any]]) -> None:
+    """Write `scores`; other ones that are there are kept, as NAME-1.json and so on."""
+    if path.exists() and read_json(path)["metrics"] != scores["metrics"]:
+        keep_aside(path)
+    write_json(path, scores)
 
 
 def load_model(source: str | Path, device: str = "cpu") -> SpikingVAE | SpikingClassifier:

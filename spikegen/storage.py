@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import itertools
 import json
 import os
 from collections.abc import Iterator
@@ -69,6 +70,13 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, beside and renamed."""
     write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def keep_aside(path: Path) -> None:
+    """Rename what is at `path`, if anything: NAME.json becomes NAME-1.json, or what number is free."""
+    if path.exists():
+        names = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(1))
+        path.rename(next(name for name in names if not name.exists()))
 
 
 def read_json(path: Path) -> Any:

@@ -63,6 +63,19 @@ def test_a_run_gets_a_table_and_scores_in_its_folder(call, run):
     assert made == f"360 real images of digits (test); 120 generated; extractor cnn {sha}; protocol spikegen; seed 0"
 
 
+def test_earlier_scores_are_kept_and_nothing_else_is_replaced(call, run, tmp_path):
+    out = tmp_path / "scores.json"
+    chosen = [("--num", 50, "--metrics", "is"), ("--metrics", "mse"), ("--metrics", "mse"), ("--metrics", "psnr")]
+    for options in chosen:
+        assert call(run, *options, "--out", out)[0] == 0
+    held = {f.name: list(json.loads(f.read_text())["metrics"]) for f in tmp_path.iterdir()}
+    assert held == {"scores-1.json": ["is"], "scores-2.json": ["mse"], "scores.json": ["psnr"]}
+    other = tmp_path / "config.json"
+    other.write_text('{"model": 3}')
+    refused(call(run, "--metrics", "mse", "--out", other), "what it holds is no score")
+    assert other.read_text() == '{"model": 3}'
+
+
 def test_the_choices_are_heeded(call, run, tmp_path):
     out = tmp_path / "new" / "mine.json"
     code, said, _ = call(run, "--num", 110, "--metrics", "is,kid", "--reference", "digits:train", "--out", out)

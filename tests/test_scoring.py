@@ -14,6 +14,7 @@ from PIL import Image
 from spikegen import requirements, scoring
 from spikegen.config import ScoringConfig, load_config
 from spikegen.data import DataSpec
+from spikegen.decoding import decode
 from spikegen.extractors import Extractor, Features, load_extractor
 from spikegen.features import extract
 from spikegen.images import to_uint8
@@ -255,6 +256,14 @@ def test_other_modes_are_read_as_grey_or_rgb(tmp_path):
     for mode, channels in (("1", 1), ("LA", 1), ("P", 3), ("RGBA", 3)):
         Image.new(mode, (4, 6)).save(tmp_path / "a.png")
         assert read_folder(tmp_path).shape == (1, channels, 6, 4)
+
+
+@pytest.mark.parametrize("mode", ["LA", "RGBA"])
+def test_transparency_is_what_it_is_in_training(tmp_path, mode):
+    file, channels = tmp_path / "a.png", 1 if mode == "LA" else 3
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, channels + 1), np.uint8)
+    Image.fromarray(pixels, mode).save(file)
+    assert np.array_equal(read_folder(tmp_path)[0].numpy(), decode(file, channels, 8, None))
 
 
 def test_a_bad_folder_is_named(tmp_path):
