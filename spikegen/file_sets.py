@@ -1,6 +1,7 @@
 """The sets of image files, CelebA and folders: which files, in which order, and their labels."""
 
 import hashlib
+import os
 from pathlib import Path
 
 from spikegen.decoding import IMAGE_SUFFIXES
@@ -69,8 +70,8 @@ def _rows(path: Path, columns: list[str], allowed: tuple[str, ...]) -> dict[str,
 def scan_folder(root: Path) -> tuple[dict[Split, Files], tuple[str, ...]]:
     """The train and test images of a folder, and the classes.
 
-    `train` and `test` below `root`, if both are there, are the splits. Otherwise about a tenth of the images
-    is the test split, by a hash of their relative paths, and at least one of two. When every image lies in a
+    `train` and `test` (or else `val`) below `root`, if both are there, are the splits. Otherwise about a tenth of the
+    images is the test split, by a hash of their relative paths, and at least one of two. When every image lies in a
     sub-folder and there are several, those are the classes; else (loose images, mixtures) there are none.
     """
     if not root.is_dir():
@@ -92,7 +93,7 @@ def scan_folder(root: Path) -> tuple[dict[Split, Files], tuple[str, ...]]:
 
 def _split(root: Path) -> dict[Split, tuple[Path, list[Path]]]:
     """For each split a folder, and the paths of the images relative to it."""
-    train, test = root / "train", root / "test"
+    train, test = root / "train", next((root / n for n in ("test", "val") if (root / n).is_dir()), root / "test")
     if train.is_dir() and test.is_dir():
         return {
             "train": (train, [name for _, name in list_files(train, IMAGE_SUFFIXES)]),
@@ -112,4 +113,4 @@ def list_files(base: Path, suffixes: tuple[str, ...]) -> list[tuple[bytes, Path]
     """
     found = [p.relative_to(base) for p in base.rglob("*") if p.suffix.lower() in suffixes and p.is_file()]
     shown = [name for name in found if not any(part.startswith(".") for part in name.parts)]
-    return sorted((hashlib.sha256(name.as_posix().encode()).digest(), name) for name in shown)
+    return sorted((hashlib.sha256(os.fsencode(name.as_posix())).digest(), name) for name in shown)

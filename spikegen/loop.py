@@ -365,7 +365,8 @@ def _require_finite(parts: Parts, step: int, run: Run, section: str) -> None:
     loss, norm = parts["loss"], parts["norm"]
     if not torch.isfinite(loss + norm):
         numbers = ", ".join(f"{k} {v.item():.4g}" for k, v in parts.items() if k not in ("loss", "norm"))
+        kept = f"the last good checkpoint is kept in {run.checkpoints}" if run.begun else "there is no checkpoint yet"
         raise Diverged(
-            f"loss {loss.item()} and gradient norm {norm.item()} at step {step} ({numbers}); the last good checkpoint "
-            f"is kept in {run.checkpoints}: lower {section}.lr or {section}.clip and train anew"
+            f"loss {loss.item()} and gradient norm {norm.item()} at step {step} ({numbers}); {kept}: "
+            f"lower {section}.lr or {section}.clip and train anew"
         )

@@ -144,9 +144,10 @@ class Run:
         try:
             state: dict[str, Any] = torch.load(files[-1], map_location=place, weights_only=True)
         except Exception as error:
-            line = (str(error) or type(error).__name__).splitlines()[0]
-            older = f"; delete it to resume from {files[-2].name}" if len(files) > 1 else ""
-            raise UserError(f"{files[-1]} is damaged ({line}){older}") from None
+            # of several lines the first: what torch then advises is to unpickle anything
+            line = (str(error) or type(error).__name__).splitlines()[0].partition(". ")[0]
+            way = f"delete it to resume from {files[-2].name}" if len(files) > 1 else "train anew with another --out"
+            raise UserError(f"{files[-1]} is damaged ({line}); {way}") from None
         if not isinstance(state, dict):
             raise UserError(f"{files[-1]} is not one of this run: it holds no checkpoint; delete it or train anew")
         return state

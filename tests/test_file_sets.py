@@ -1,5 +1,7 @@
 """CelebA and folders: the right files, split without overlap, with the right labels."""
 
+import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -99,9 +101,10 @@ def test_one_subfolder_is_no_class(tmp_path: Path) -> None:
     assert scan_folder(tmp_path)[1] == ()
 
 
-def test_train_and_test_folders_are_the_splits(tmp_path: Path) -> None:
+@pytest.mark.parametrize("test", ["test", "val"])
+def test_train_and_test_folders_are_the_splits(tmp_path: Path, test: str) -> None:
     touch(tmp_path, "train/a/0.png", "train/a/1.png", "train/a/2.png", "train/b/0.png", "train/b/1.png")
-    touch(tmp_path, "test/b/0.png", "test/b/1.png")
+    touch(tmp_path, f"{test}/b/0.png", f"{test}/b/1.png")
     splits, classes = scan_folder(tmp_path)
     assert classes == ("a", "b")
     assert sorted(splits["train"][1]) == [0, 0, 0, 1, 1]
@@ -111,3 +114,10 @@ def test_train_and_test_folders_are_the_splits(tmp_path: Path) -> None:
 
 def test_folder_that_is_none(tmp_path: Path) -> None:
     mistake(lambda: scan_folder(tmp_path / "nowhere"), "data.root", "is not a folder")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_a_name_that_is_no_utf8_is_a_name(tmp_path: Path) -> None:
+    touch(tmp_path, "0.png", os.fsdecode(b"caf\xe9.png"))
+    splits, _ = scan_folder(tmp_path)
+    assert sum(len(paths) for paths, _ in splits.values()) == 2

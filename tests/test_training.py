@@ -89,6 +89,15 @@ def test_a_resumed_run_writes_each_metrics_row_once(tmp_path: Path, monkeypatch:
     assert seen[-1] == 208
 
 
+def test_what_torch_says_of_a_foreign_file_stays_with_torch(tmp_path: Path) -> None:
+    run = Run(train(tiny_config(training__epochs=0.2), tmp_path / "run", device="cpu"))
+    for file in run.checkpoints.iterdir():
+        file.write_bytes(b"foreign bytes" * 9)
+    with pytest.raises(UserError, match=r"is damaged .*; train anew") as found:
+        train(tiny_config(training__epochs=0.2), run.path, resume=True, device="cpu")
+    assert "weights_only" not in str(found.value)
+
+
 def test_torchs_own_words_for_a_full_disk_are_not_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any) -> None:
         try:
