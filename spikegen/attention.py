@@ -111,12 +111,16 @@ class TCJA(nn.Module):
 
         `squeezed` is the mean over space where whoever wrote the spikes has it already.
         """
+        return gated(x, self.whole_gate(x if squeezed is None else squeezed))
+
+    def whole_gate(self, x: Float[Tensor, "T B C *hw"]) -> Float[Tensor, "T B C"]:
+        """`gate` of a whole spike train; the same UserError."""
         if x.shape[0] != self.num_steps or x.shape[2] != self.channels:
             raise UserError(
                 f"TCJA was built for T={self.num_steps} steps and C={self.channels} channels, "
                 f"but the spike train has T={x.shape[0]} and C={x.shape[2]}"
             )
-        return gated(x, self.gate(x if squeezed is None else squeezed))
+        return self.gate(x)
 
     def gate(self, x: Float[Tensor, "T B C *hw"]) -> Float[Tensor, "T B C"]:
         """F of the paper's equation, in (0, 1), times `gain`."""

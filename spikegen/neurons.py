@@ -102,6 +102,18 @@ class LIF(nn.Module):
         beta, threshold = self._constants(current[0])
         return normed_scan(current, norm, beta, threshold, self.spec.reset, self.spec.surrogate, steps, self.engine)
 
+    def fire_gated(
+        self,
+        current: Float[Tensor, "t B C *n"],
+        norm: Norm | None,
+        steps: int,
+        gate: Callable[[Tensor], Tensor],
+    ) -> tuple[Float[Tensor, "T B C *n"], Float[Tensor, "T B C"]]:
+        """`fire`, its spikes times gate(their mean over space), [T, B, C]."""
+        beta, threshold = self._constants(current[0])
+        reset, surrogate = self.spec.reset, self.spec.surrogate
+        return normed_scan(current, norm, beta, threshold, reset, surrogate, steps, self.engine, gate)
+
     def fire_changed(
         self, current: Float[Tensor, "T B *n"], change: Callable[[Tensor], Tensor]
     ) -> Float[Tensor, "T B *n"]:

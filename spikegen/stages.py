@@ -3,14 +3,15 @@
 from collections.abc import Callable
 from typing import Literal
 
+import torch
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from spikegen.attention import Attention
+from spikegen.attention import TCJA, Attention
 from spikegen.kernels import Engine
 from spikegen.multi_attention import MultiAttention
-from spikegen.neurons import Neuron, NeuronSpec
+from spikegen.neurons import LIF, Neuron, NeuronSpec
 from spikegen.spec import Spec
 from spikegen.threshold_norm import ThresholdNorm
 
@@ -103,7 +104,11 @@ class Stage(nn.Module):
         if isinstance(attention, MultiAttention):
             spikes, rate = self._fire_attended(current, norm, attention)
         else:
-            spikes, rate = self.neuron.fire(current, None if norm is None else norm.of(current, self.bias), steps)
+            scaled = None if norm is None else norm.of(current, self.bias)
+            if (gate := self._gate_in_scan()) is not None and isinstance(self.neuron, LIF):
+                spikes, rate = self.neuron.fire_gated(current, scaled, steps, gate)
+                return spikes.to(dtype), rate.mean()
+            spikes, rate = self.neuron.fire(current, scaled, steps)
         spikes = spikes.to(dtype)
         if self.pool is not None and not self.pools_currents:
             # The TCJA networks pool what is gated. Its gate is one positive number for all of a map: the same, with
@@ -112,6 +117,18 @@ class Stage(nn.Module):
         if attention is not None and not isinstance(attention, MultiAttention):
             spikes = attention(spikes, rate)
         return spikes, rate.mean()
+
+    def _gate_in_scan(self) -> Callable[[Tensor], Tensor] | None:
+        """What the scan is to gate its spikes with, which saves passes where there will be a backward; None elsewhere.
+
+        Hooks of the attention see its spikes, so None where there are any.
+        """
+        attention = self.attention
+        if not torch.is_grad_enabled() or not isinstance(attention, TCJA):
+            return None
+        pools_spikes = self.pool is not None and not self.pools_currents
+        hooked = attention._forward_hooks or attention._forward_pre_hooks
+        return None if pools_spikes or hooked else attention.whole_gate
 
     def _fire_attended(
         self, current: Tensor, norm: ThresholdNorm | None, attention: MultiAttention

@@ -1,6 +1,7 @@
 """What every test runs under: shapes checked, few threads, and a data folder that is never the user's."""
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,11 @@ if not torch.cuda.is_available():
 
 THREADS = int(os.environ.get("OMP_NUM_THREADS", 2))  # more threads than free cores wait for each other
 os.environ["OMP_NUM_THREADS"] = str(THREADS)  # for the commands that tests start
+
+# What was started in the background ignores these, and so would every training that a test interrupts.
+for signum, default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(signum) is signal.SIG_IGN:
+        signal.signal(signum, default)
 
 
 @pytest.fixture(autouse=True, scope="session")

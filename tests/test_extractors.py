@@ -12,7 +12,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 
 from spikegen import extractors
 from spikegen.data import DataSpec
-from spikegen.extractors import CNN_SIZES, default_extractor, load_cnn, load_extractor
+from spikegen.extractors import CNN_SIZES, SmallCNN, default_extractor, load_cnn, load_extractor
 from spikegen.protocols import PROTOCOLS
 from spikegen.references import Reference
 from spikegen.set_scores import score_sets
@@ -48,6 +48,13 @@ def inception(tmp_path_factory) -> tuple[Path, FeatureExtractorInceptionV3]:
 
 
 # ---- the shipped classifiers ---------------------------------------------------------------------------
+
+
+def test_the_smallest_image_that_a_classifier_takes_is_the_size_that_it_says():
+    net = SmallCNN().eval()
+    assert net(torch.zeros(2, 1, SmallCNN.smallest, SmallCNN.smallest)).logits.shape == (2, 10)
+    with pytest.raises(RuntimeError):
+        net(torch.zeros(2, 1, SmallCNN.smallest - 1, SmallCNN.smallest - 1))
 
 
 def test_the_digits_classifier_is_as_good_as_it_says():

@@ -143,6 +143,20 @@ def test_attention_gates_the_spikes_and_the_rate_is_the_neurons(name):
     assert rate == same_rate == spikes.mean()
 
 
+@pytest.mark.parametrize("name", ["down", "up1"])
+def test_hooks_of_the_attention_see_its_spikes_and_change_nothing(name):
+    """In training too, where the scan would gate them itself."""
+    (_, shape), stage = stages()[name], stages(TCJASpec().build(6, 4))[name][0].train()
+    x, seen = torch.randn(6, 2, *shape) * 2, []
+    without = stage(x)[0]
+    hook = stage.attention.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0], output)))
+    with_hook = stage(x)[0]
+    hook.remove()
+    assert torch.equal(without, with_hook)
+    assert torch.equal(seen[0][1], without)
+    assert torch.equal(seen[0][0], (without > 0).float())
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["max", "avg"])
 @pytest.mark.parametrize("fusion", ["product", "sum"])

@@ -36,6 +36,8 @@ def test_a_path_under_a_file_is_a_users_mistake(tmp_path: Path) -> None:
         write_text(tmp_path / "file" / "x", "text")
     with pytest.raises(UserError, match="cannot write"):
         require_writable(tmp_path / "file" / "x" / "y")
+    with pytest.raises(UserError, match=r"file is a file, not a folder"):
+        require_writable(tmp_path / "file" / "x")
     require_writable(tmp_path / "new" / "deep" / "x")
     assert not (tmp_path / "new").exists()
 

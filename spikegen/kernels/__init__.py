@@ -7,8 +7,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from spikegen.kernels import analytic, fused, modulated, reference
+from spikegen.kernels import analytic, fused, gated_scan, modulated, reference
 from spikegen.kernels.engines import ENGINES, Engine, choose
+from spikegen.kernels.gating import gated
 from spikegen.kernels.norms import Norm, moments
 from spikegen.kernels.surrogates import AnySurrogate
 
@@ -62,13 +63,20 @@ def normed_scan(
     surrogate: AnySurrogate,
     steps: int,
     engine: Engine = "auto",
+    gate: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Float[Tensor, "T B C *n"], Float[Tensor, "T B C"]]:
     """`lif_scan` of normalised currents: (spikes in the dtype of `y`, their mean over space in float32 or wider).
 
-    `y` has one time step for each of `steps`, or a single one for all of them.
+    `y` has one time step for each of `steps`, or a single one for all of them. With `gate` the spikes are times
+    gate(rate), [T, B, C].
     """
     beta, threshold = _wide(y, beta, threshold)
     chosen = choose(engine, y.device, y.dtype, steps)
+    if gate is not None:
+        if chosen not in PLAIN and gated_scan.fits(y, beta, threshold):
+            return gated_scan.gated_scan(y, norm, beta, threshold, reset, surrogate, steps, gate, chosen)
+        spikes, rate = normed_scan(y, norm, beta, threshold, reset, surrogate, steps, engine)
+        return gated(spikes, gate(rate)), rate
     if chosen not in PLAIN:
         return fused.scan(y, norm, beta, threshold, reset, surrogate, steps, True, chosen)
     x = (y if norm is None else norm.apply(y)).expand(steps, *y.shape[1:])

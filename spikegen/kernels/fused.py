@@ -48,9 +48,23 @@ def _scan(
     rated: bool,
     engine: str,
 ) -> tuple[Tensor, Tensor]:
-    norm = _norm(weight, bias, mean, var, batch)
+    return run(x, norm_of(weight, bias, mean, var, batch), beta, threshold, steps, zero, rated, engine, x.dtype)
+
+
+def run(
+    x: Tensor,
+    norm: Norm | None,
+    beta: Tensor,
+    threshold: Tensor,
+    steps: int,
+    zero: bool,
+    rated: bool,
+    engine: str,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """The forward pass without a gradient, the spikes in `dtype`; see `scan`."""
     x, layout, constants = _arrange(x, norm, beta, threshold, steps, engine)
-    spikes, rate = _outputs(x, layout, rated)
+    spikes, rate = outputs(x, layout, rated, dtype)
     if x.numel():
         counts = constants.new_empty(steps, layout.rows, layout.lanes) if rated and layout.tile else None
         module(engine).forward(layout, x, constants, zero, norm is not None, spikes, counts)
@@ -67,16 +81,15 @@ def _scan(
 def _(  # type: ignore[no-untyped-def]
     x, weight, bias, mean, var, batch, beta, threshold, steps, zero, surrogate, numbers, rated, engine
 ):
-    layout = lay_out(x, steps, _spread(x, _norm(weight, bias, mean, var, batch), beta, threshold), module(engine).TILE)[
-        1
-    ]
-    return _outputs(x, layout, rated)
+    layout = layout_of(x, norm_of(weight, bias, mean, var, batch), beta, threshold, steps, engine)
+    return outputs(x, layout, rated, x.dtype)
 
 
 @torch.library.custom_op("spikegen::lif_scan_backward", mutates_args=())
-def _scan_backward(
+def scan_backward(
     grad_spikes: Tensor,
     grad_rate: Tensor | None,
+    gate: Tensor | None,
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -92,7 +105,8 @@ def _scan_backward(
     engine: str,
     constants_too: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    norm = _norm(weight, bias, mean, var, batch)
+    """Gradients of x, weight, bias, beta, threshold from that of the spikes, times `gate` if given, and of the rate."""
+    norm = norm_of(weight, bias, mean, var, batch)
     fitted, layout, constants = _arrange(x, norm, beta, threshold, steps, engine)
     out = layout.empty(x, len(x))
     if not x.numel():
@@ -107,23 +121,25 @@ def _scan_backward(
         else:
             grad_spikes = grad_spikes + grad_rate.view(*grad_rate.shape, *(1,) * (x.dim() - 3)).to(grad_spikes.dtype)
     grad_spikes = layout.dense(grad_spikes.to(x.dtype))
-    run = lambda k, out, sums: module(engine).backward(  # noqa: E731
-        layout, fitted, k, zero, norm is not None, (surrogate, *numbers), grad_spikes, share, out, sums, constants_too
+    gates = None if gate is None else layout.rate_to_lanes(gate)
+    into = (surrogate, *numbers), grad_spikes, share, gates
+    back = lambda k, out, sums: module(engine).backward(  # noqa: E731
+        layout, fitted, k, zero, norm is not None, *into, out, sums, constants_too
     )
     idle = constants.new_zeros(2, layout.lanes)
     grad_weight, grad_bias = x.new_empty(0), x.new_empty(0)
     if norm is None:
-        sums = run(torch.cat([constants, idle]), out, constants_too)
+        sums = back(torch.cat([constants, idle]), out, constants_too)
     else:
         # With batch statistics dL/dY needs the sums over all of dL/dX: a first pass takes them, a second one writes.
-        sums = run(torch.cat([constants, idle]), None if batch else out, True)
+        sums = back(torch.cat([constants, idle]), None if batch else out, True)
         grad_y, grad = (layout.channel_sums(s) for s in sums[:2])
         (_, k1, k2), grad_weight, grad_bias = chain(
             norm.weight, norm.mean, norm.var, grad_y, grad, x.numel() // x.shape[2] if batch else None
         )
         if batch:
             shifts = torch.stack([layout.to_lanes(per_channel(k, x)) for k in (k1, k2)])
-            run(torch.cat([constants, shifts]), out, False)
+            back(torch.cat([constants, shifts]), out, False)
     if norm is not None:
         grad_weight, grad_bias = grad_weight.to(norm.weight.dtype), grad_bias.to(norm.bias.dtype)
     if not constants_too:
@@ -135,11 +151,9 @@ def _scan_backward(
     return out, grad_weight, grad_bias.clone(), grad_beta, grad_threshold
 
 
-@_scan_backward.register_fake
-def _(grad_spikes, grad_rate, x, weight, bias, mean, var, batch, beta, threshold, steps, *rest):  # type: ignore[no-untyped-def]
-    layout = lay_out(
-        x, steps, _spread(x, _norm(weight, bias, mean, var, batch), beta, threshold), module(rest[-2]).TILE
-    )[1]
+@scan_backward.register_fake
+def _(grad_spikes, grad_rate, gate, x, weight, bias, mean, var, batch, beta, threshold, steps, *rest):  # type: ignore[no-untyped-def]
+    layout = layout_of(x, norm_of(weight, bias, mean, var, batch), beta, threshold, steps, rest[-2])
     normed, constants_too = weight is not None, rest[-1]
     parts = (weight, normed), (bias, normed), (beta, constants_too), (threshold, constants_too)
     return layout.empty(x, len(x)), *(torch.empty_like(c) if here else x.new_empty(0) for c, here in parts)
@@ -160,9 +174,10 @@ def _gradient(ctx: Any, grad_spikes: Tensor | None, grad_rate: Tensor | None) ->
         if grad_rate is None or not rated:
             return (None,) * 14
         grad_spikes = x.new_zeros(steps, *x.shape[1:])
-    grads = _scan_backward(
+    grads = scan_backward(
         grad_spikes,
         grad_rate if rated else None,
+        None,
         *(x, weight, bias, mean, var, batch, beta, threshold),
         *(steps, zero, surrogate, numbers, engine, needs[6] or needs[7]),
     )
@@ -176,7 +191,8 @@ _scan.register_autograd(_gradient, setup_context=_keep)
 # ---- parts of the above ----------------------------------------------------------------------------------------------
 
 
-def _norm(weight: Any, bias: Any, mean: Any, var: Any, batch: bool) -> Norm | None:
+def norm_of(weight: Any, bias: Any, mean: Any, var: Any, batch: bool) -> Norm | None:
+    """A norm from what an operator may take, if there is one."""
     return None if weight is None else Norm(weight, bias, mean, var, batch)
 
 
@@ -186,6 +202,11 @@ def _spread(x: Tensor, norm: Norm | None, beta: Tensor, threshold: Tensor) -> li
         none = beta.new_ones(())
         return [none, none, beta, threshold]
     return [*(per_channel(c, x) for c in norm.affine()), beta, threshold]
+
+
+def layout_of(x: Tensor, norm: Norm | None, beta: Tensor, threshold: Tensor, steps: int, engine: str) -> Layout:
+    """How the currents of a scan lie in memory."""
+    return lay_out(x, steps, _spread(x, norm, beta, threshold), module(engine).TILE)[1]
 
 
 def _arrange(
@@ -198,10 +219,11 @@ def _arrange(
     return x, layout, torch.stack([layout.to_lanes(c.to(wide)) for c in constants])
 
 
-def _outputs(x: Tensor, layout: Layout, rated: bool) -> tuple[Tensor, Tensor]:
+def outputs(x: Tensor, layout: Layout, rated: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Room for the spikes, in `dtype`, and for their rate."""
     wide = torch.promote_types(x.dtype, torch.float32)
     rate = x.new_empty((layout.steps, *x.shape[1:3]) if rated else 0, dtype=wide)
-    return layout.empty(x, layout.steps), rate
+    return layout.empty(x, layout.steps, dtype), rate
 
 
 def _pixels(x: Tensor) -> int:

@@ -28,7 +28,7 @@ def _fitting(x: Tensor) -> bool:
 def _gated(x: Tensor, gate: Tensor, engine: str) -> Tensor:
     layout = _layout(x, engine)
     out = layout.empty(x, len(x))
-    module(engine).gate(layout, x, _lanes(layout, gate, x), out)
+    module(engine).gate(layout, x, layout.rate_to_lanes(rounded(gate, x)), out)
     return out
 
 
@@ -40,7 +40,7 @@ def _(x: Tensor, gate: Tensor, engine: str) -> Tensor:
 @torch.library.custom_op("spikegen::gated_backward", mutates_args=())
 def _gated_backward(grad: Tensor, x: Tensor, gate: Tensor, engine: str) -> tuple[Tensor, Tensor]:
     layout = _layout(x, engine)
-    out, lanes = layout.empty(x, len(x)), _lanes(layout, gate, x)
+    out, lanes = layout.empty(x, len(x)), layout.rate_to_lanes(rounded(gate, x))
     sums = torch.empty_like(lanes)
     module(engine).gate_backward(layout, x, lanes, layout.dense(grad.to(x.dtype)), out, sums)
     return out, layout.rate_from_lanes(sums).to(gate.dtype)
@@ -67,7 +67,6 @@ def _layout(x: Tensor, engine: str) -> Layout:
     return lay_out(x, len(x), [], module(engine).TILE)[1]
 
 
-def _lanes(layout: Layout, gate: Tensor, x: Tensor) -> Tensor:
-    """The gate for every lane, rounded as `x` is so that the product is that of two numbers of its dtype."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    return layout.rate_to_lanes(gate.to(x.dtype).to(wide))
+def rounded(gate: Tensor, like: Tensor) -> Tensor:
+    """The gate, wide, rounded as `like` is so that the product is that of two numbers of its dtype."""
+    return gate.to(like.dtype).to(torch.promote_types(like.dtype, torch.float32))

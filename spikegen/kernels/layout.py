@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -32,12 +33,12 @@ class Layout:
         """The sizes and strides, for a kernel."""
         return [self.steps, self.rows, self.places, self.lanes, self.time_stride, self.row_stride]
 
-    def empty(self, like: Tensor, steps: int) -> Tensor:
-        """A new [steps, B, C, ...], dense in this order of memory."""
+    def empty(self, like: Tensor, steps: int, dtype: torch.dtype | None = None) -> Tensor:
+        """A new [steps, B, C, ...], dense in this order of memory; in the dtype of `like`, or another."""
         if not self.tile:
-            return like.new_empty(steps, *self.step)
+            return like.new_empty(steps, *self.step, dtype=dtype)
         batch, channels, *space = self.step
-        return like.new_empty(steps, batch, *space, channels).movedim(-1, 2)
+        return like.new_empty(steps, batch, *space, channels, dtype=dtype).movedim(-1, 2)
 
     def dense(self, x: Tensor) -> Tensor:
         """`x` [T, B, C, ...], copied if it is not dense in this order of memory."""
@@ -74,6 +75,13 @@ class Layout:
         return counts.unflatten(-1, (self.tile, -1)).sum(2)
 
 
+def channels_last(x: Tensor, constants: list[Tensor]) -> bool:
+    """Whether channels are neighbours in memory and the constants differ from channel to channel at most."""
+    inner = x.dim() - 2
+    by_channel = all(c.numel() == 1 or (c.dim() >= inner and c.shape[-inner] == c.numel()) for c in constants)
+    return inner > 1 and by_channel and (x.numel() == 0 or x.movedim(2, -1)[0, 0].is_contiguous())
+
+
 def lay_out(x: Tensor, steps: int, constants: list[Tensor], width: int) -> tuple[Tensor, Layout]:
     """(`x`, copied only if it must be, and its layout); `x` is [steps, B, ...], or [1, B, ...] for all steps.
 
@@ -88,8 +96,7 @@ def lay_out(x: Tensor, steps: int, constants: list[Tensor], width: int) -> tuple
 
     if any(c.dim() == len(step) and c.shape[0] > 1 for c in constants):  # constants that differ from image to image
         return arranged(x.contiguous(), 1, 1, step, 0)
-    by_channel = all(c.numel() == 1 or (c.dim() >= len(inner) and c.shape[-len(inner)] == c.numel()) for c in constants)
-    if len(inner) > 1 and by_channel and (x.numel() == 0 or x.movedim(2, -1)[0, 0].is_contiguous()):
+    if channels_last(x, constants):
         pixels = math.prod(inner[1:])
         tile = next(k for k in range(min(max(width // max(inner[0], 1), 1), max(pixels, 1)), 0, -1) if pixels % k == 0)
         return arranged(x, batch, pixels // tile, (inner[0],), tile)

@@ -57,8 +57,9 @@ def _derivative(kind: int, v: float, one: float, a: float, b: float, c: float) -
 
 
 @functools.cache
-def _forward(dtype: torch.dtype, zero: bool, affine: bool, rated: bool) -> Any:
-    item, one, size = ITEM[dtype], ONE[dtype], dtype.itemsize
+def _forward(dtype: torch.dtype, fires: torch.dtype, zero: bool, affine: bool, rated: bool) -> Any:
+    item, size = ITEM[dtype], dtype.itemsize
+    spike, one, spike_size = ITEM[fires], ONE[fires], fires.itemsize
     wide, wide_size = (types.float64, 8) if dtype == torch.float64 else (types.float32, 4)
     wide_np = np.float64 if dtype == torch.float64 else np.float32
     off: Any = one - one  # type: ignore[operator]
@@ -90,7 +91,7 @@ def _forward(dtype: torch.dtype, zero: bool, affine: bool, rated: bool) -> Any:
                     for t in range(T):
                         count_t = counts[t * W : (t + 1) * W] if rated else counts
                         x = carray(pointer(a[9] + (t * time_stride + r * row_stride + place) * size, item), n)
-                        s = carray(pointer(a[10] + ((t * R + r) * P * L + place) * size, item), n)
+                        s = carray(pointer(a[10] + ((t * R + r) * P * L + place) * spike_size, spike), n)
                         for i in range(n):
                             threshold = local[3 * W + i]
                             current = load(x[i])
@@ -123,6 +124,7 @@ def _backward(
     zero: bool,
     affine: bool,
     rated: bool,
+    gated: bool,
     kind: int,
     write: bool,
     sums: bool,
@@ -184,13 +186,16 @@ def _backward(
                         w[STATE * W + i] = nil
                     for t in range(T - 1, -1, -1):
                         g = carray(pointer(a[12] + ((t * R + r) * P * L + place) * size, item), n)
+                        for i in range(n):
+                            w[G * W + i] = load(g[i])
+                        if gated:
+                            gates = carray(pointer(a[11] + ((t * R + r) * L + first) * wide_size, wide), n)
+                            for i in range(n):
+                                w[G * W + i] *= gates[i]
                         if rated:
                             share = carray(pointer(a[13] + ((t * R + r) * L + first) * wide_size, wide), n)
                             for i in range(n):
-                                w[G * W + i] = load(g[i]) + share[i]
-                        else:
-                            for i in range(n):
-                                w[G * W + i] = load(g[i])
+                                w[G * W + i] += share[i]
                         if affine and not once:
                             x = carray(pointer(a[9] + (t * time_stride + r * row_stride + place) * size, item), n)
                             for i in range(n):
@@ -259,7 +264,7 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
         pool()
     except (OSError, AttributeError, StopIteration) as error:
         return f"this torch does not lend its threads ({type(error).__name__}: {error})"
-    return None if dtype in ITEM else f"it has no {str(dtype).removeprefix('torch.')}"
+    return None if dtype in ITEM and dtype.is_floating_point else f"it has no {str(dtype).removeprefix('torch.')}"
 
 
 def forward(
@@ -269,7 +274,7 @@ def forward(
     blocks, chunk, chunks = cut(layout.rows, layout.lanes)
     numbers = torch.tensor([1, 0, 0, 0, 0, 0], dtype=constants.dtype)
     pointers = [constants, x, spikes, counts, None, None, None, numbers]
-    function = _forward(x.dtype, zero, affine, counts is not None)
+    function = _forward(x.dtype, spikes.dtype, zero, affine, counts is not None)
     run(function, blocks * chunks, [*layout.numbers, blocks, chunk, *addresses(pointers)])
 
 
@@ -282,22 +287,22 @@ def backward(
     surrogate: tuple[int, float, float, float],
     grad_spikes: Tensor,
     share: Tensor | None,
+    gates: Tensor | None,
     out: Tensor | None,
     sums: bool,
     constants_too: bool,
 ) -> Tensor | None:
     """Write the gradient of `x` into `out`; return the lanes' sums [4, L] of grad x, grad, beta's and threshold's.
 
-    The last two are sums only where `constants_too`.
+    `grad_spikes` is times `gates` plus `share`, [T, R, L] each. The last two sums are taken where `constants_too`.
     """
     blocks, chunk, chunks = cut(layout.rows, layout.lanes)
     kind, *rest = surrogate
     numbers = torch.tensor([1, *rest, 0, 0], dtype=constants.dtype)
     parts = constants.new_empty(chunks, 4, layout.lanes) if sums else None
-    pointers = [constants, x, None, None, grad_spikes, share, out, numbers, parts]
+    pointers = [constants, x, None, gates, grad_spikes, share, out, numbers, parts]
     once = layout.steps > len(x)  # all steps share one current, whose gradient is their sum
-    function = _backward(
-        x.dtype, zero, affine, share is not None, kind, out is not None, sums, sums and constants_too, once
-    )
+    rated, gated = share is not None, gates is not None
+    function = _backward(x.dtype, zero, affine, rated, gated, kind, out is not None, sums, sums and constants_too, once)
     run(function, blocks * chunks, [*layout.numbers, blocks, chunk, *addresses(pointers)])
     return None if parts is None else parts.sum(0)

@@ -102,10 +102,10 @@ def _forward(  # type: ignore[no-untyped-def]
 
 @_jit
 def _backward(  # type: ignore[no-untyped-def]
-    x, constants, grads, share, out, sums, a, b, c, R, P, L, time_stride, row_stride,
-    T: tl.constexpr, ZERO: tl.constexpr, AFFINE: tl.constexpr, RATED: tl.constexpr, KIND: tl.constexpr,
-    WRITE: tl.constexpr, SUMS: tl.constexpr, CONSTANTS_TOO: tl.constexpr, ONCE: tl.constexpr, WIDE: tl.constexpr,
-    PB: tl.constexpr, LB: tl.constexpr,
+    x, constants, grads, gates, share, out, sums, a, b, c, R, P, L, time_stride, row_stride,
+    T: tl.constexpr, ZERO: tl.constexpr, AFFINE: tl.constexpr, RATED: tl.constexpr, GATED: tl.constexpr,
+    KIND: tl.constexpr, WRITE: tl.constexpr, SUMS: tl.constexpr, CONSTANTS_TOO: tl.constexpr, ONCE: tl.constexpr,
+    WIDE: tl.constexpr, PB: tl.constexpr, LB: tl.constexpr,
 ):  # fmt: skip
     block, row, lanes, at, dense, mask, one = _block(P, L, row_stride, PB, LB)
     inside = lanes < L
@@ -139,6 +139,8 @@ def _backward(  # type: ignore[no-untyped-def]
     sum_threshold = tl.zeros((PB, LB), WIDE)
     for t in tl.static_range(T - 1, -1, -1):
         grad = tl.load(grads + t * step + dense, mask, 0).to(WIDE)
+        if GATED:
+            grad *= tl.load(gates + (t * R + row) * L + lanes, inside)[None, :]
         if RATED:
             grad += tl.load(share + (t * R + row) * L + lanes, inside)[None, :]
         fire = _derivative(mems[t + 1] - threshold, KIND, a, b, c) * tl.where(mask, grad, 0)
@@ -197,8 +199,9 @@ def _moments(  # type: ignore[no-untyped-def]
 
 @_jit
 def _gate(  # type: ignore[no-untyped-def]
-    x, gates, grads, out, sums, P, L, BACK: tl.constexpr, WIDE: tl.constexpr, PB: tl.constexpr, LB: tl.constexpr
-):
+    x, gates, grads, out, sums, P, L, BACK: tl.constexpr, WRITE: tl.constexpr, WIDE: tl.constexpr,
+    PB: tl.constexpr, LB: tl.constexpr,
+):  # fmt: skip
     lane_blocks = tl.cdiv(L, LB)
     row = tl.full((), 1, tl.int64) * (tl.program_id(0) // lane_blocks)  # t R + r: time and rows are dense
     lanes = (tl.program_id(0) % lane_blocks) * LB + tl.arange(0, LB)
@@ -214,7 +217,8 @@ def _gate(  # type: ignore[no-untyped-def]
             grad = tl.load(grads + at, mask, 0).to(WIDE)
             total += grad * value
             value = grad
-        tl.store(out + at, (value * gate).to(out.dtype.element_ty), mask)
+        if WRITE:
+            tl.store(out + at, (value * gate).to(out.dtype.element_ty), mask)
     if BACK:
         tl.store(sums + row * L + lanes, tl.sum(total, 0), inside)
 
@@ -246,13 +250,14 @@ def backward(
     surrogate: tuple[int, float, float, float],
     grad_spikes: Tensor,
     share: Tensor | None,
+    gates: Tensor | None,
     out: Tensor | None,
     sums: bool,
     constants_too: bool,
 ) -> Tensor | None:
     """Write the gradient of `x` into `out`; return the lanes' sums [4, L] of grad x, grad, beta's and threshold's.
 
-    The last two are sums only where `constants_too`.
+    `grad_spikes` is times `gates` plus `share`, [T, R, L] each. The last two sums are taken where `constants_too`.
     """
     # T membranes for each number of a block, in the registers of 128 threads: more spill (ptxas, sm_90).
     blocks, grid, places, lanes = _grid(layout, 512 if layout.steps <= 8 else 256 if layout.steps <= 16 else 128)
@@ -260,9 +265,9 @@ def backward(
     kind, a, b, c = surrogate
     with torch.cuda.device_of(x):
         _backward[grid](
-            x, constants, grad_spikes, share, out, parts, a, b, c, *_sizes(layout),
-            T=layout.steps, ZERO=zero, AFFINE=affine, RATED=share is not None, KIND=kind, WRITE=out is not None,
-            SUMS=sums, CONSTANTS_TOO=sums and constants_too, ONCE=layout.steps > len(x),
+            x, constants, grad_spikes, gates, share, out, parts, a, b, c, *_sizes(layout),
+            T=layout.steps, ZERO=zero, AFFINE=affine, RATED=share is not None, GATED=gates is not None, KIND=kind,
+            WRITE=out is not None, SUMS=sums, CONSTANTS_TOO=sums and constants_too, ONCE=layout.steps > len(x),
             WIDE=_wide(constants), PB=places, LB=lanes, enable_fp_fusion=False,
         )  # fmt: skip
     return None if parts is None else parts.sum(0)
@@ -278,22 +283,24 @@ def moments(layout: Layout, x: Tensor) -> Tensor:
 
 
 def gate(layout: Layout, x: Tensor, gates: Tensor, out: Tensor) -> None:
-    """Write x times the gates [T, R, L] into `out`; both dense."""
+    """Write x, or what bytes say fired, times the gates [T, R, L] into `out`; both dense."""
     _gate_pass(layout, x, gates, None, out, None)
 
 
-def gate_backward(layout: Layout, x: Tensor, gates: Tensor, grad: Tensor, out: Tensor, sums: Tensor) -> None:
-    """Write grad times the gates into `out`, and the sums over places of grad x into `sums` [T, R, L]."""
+def gate_backward(layout: Layout, x: Tensor, gates: Tensor, grad: Tensor, out: Tensor | None, sums: Tensor) -> None:
+    """Write grad times the gates into `out`, if given, and the sums over places of grad x into `sums` [T, R, L]."""
     _gate_pass(layout, x, gates, grad, out, sums)
 
 
-def _gate_pass(layout: Layout, x: Tensor, gates: Tensor, grad: Tensor | None, out: Tensor, sums: Tensor | None) -> None:
+def _gate_pass(
+    layout: Layout, x: Tensor, gates: Tensor, grad: Tensor | None, out: Tensor | None, sums: Tensor | None
+) -> None:
     _, _, places, lanes = _grid(layout, 1024)
     grid = (layout.steps * layout.rows * triton.cdiv(layout.lanes, lanes),)
     with torch.cuda.device_of(x):
         _gate[grid](
             x, gates, grad, out, sums, layout.places, layout.lanes,
-            BACK=grad is not None, WIDE=_wide(gates), PB=places, LB=lanes,
+            BACK=grad is not None, WRITE=out is not None, WIDE=_wide(gates), PB=places, LB=lanes,
         )  # fmt: skip
 
 

@@ -44,8 +44,9 @@ def _moments(dtype: torch.dtype) -> Any:
 
 
 @functools.cache
-def _gate(dtype: torch.dtype, back: bool) -> Any:
+def _gate(dtype: torch.dtype, spikes: torch.dtype, back: bool, write: bool) -> Any:
     item, like, size = ITEM[dtype], ONE[dtype], dtype.itemsize
+    spike, spike_size = ITEM[spikes], spikes.itemsize
     wide, wide_size = (types.float64, 8) if dtype == torch.float64 else (types.float32, 4)
     wide_np = np.float64 if dtype == torch.float64 else np.float32
     W = WIDTH
@@ -62,15 +63,16 @@ def _gate(dtype: torch.dtype, back: bool) -> Any:
             for i in range(W):
                 total[i] = 0
             for p in range(P):
-                start = (row * P * L + p * L + first) * size
-                x = carray(pointer(a[9] + start, item), n)
-                out = carray(pointer(a[14] + start, item), n)
+                start = row * P * L + p * L + first
+                x = carray(pointer(a[9] + start * spike_size, spike), n)
+                out = carray(pointer(a[14] + start * size, item), n)
                 if back:
-                    g = carray(pointer(a[12] + start, item), n)
+                    g = carray(pointer(a[12] + start * size, item), n)
                     for i in range(n):
                         total[i] += load(g[i]) * load(x[i])
-                    for i in range(n):
-                        out[i] = store(load(g[i]) * gates[i], like)
+                    if write:
+                        for i in range(n):
+                            out[i] = store(load(g[i]) * gates[i], like)
                 else:
                     for i in range(n):
                         out[i] = store(load(x[i]) * gates[i], like)
@@ -95,17 +97,22 @@ def moments(layout: Layout, x: Tensor) -> Tensor:
 
 
 def gate(layout: Layout, x: Tensor, gates: Tensor, out: Tensor) -> None:
-    """Write x times the gates [T, R, L] into `out`; both dense."""
+    """Write x, or what bytes say fired, times the gates [T, R, L] into `out`; both dense."""
     _gate_pass(layout, x, gates, None, out, None)
 
 
-def gate_backward(layout: Layout, x: Tensor, gates: Tensor, grad: Tensor, out: Tensor, sums: Tensor) -> None:
-    """Write grad times the gates into `out`, and the sums over places of grad x into `sums` [T, R, L]."""
+def gate_backward(layout: Layout, x: Tensor, gates: Tensor, grad: Tensor, out: Tensor | None, sums: Tensor) -> None:
+    """Write grad times the gates into `out`, if given, and the sums over places of grad x into `sums` [T, R, L]."""
     _gate_pass(layout, x, gates, grad, out, sums)
 
 
-def _gate_pass(layout: Layout, x: Tensor, gates: Tensor, grad: Tensor | None, out: Tensor, sums: Tensor | None) -> None:
+def _gate_pass(
+    layout: Layout, x: Tensor, gates: Tensor, grad: Tensor | None, out: Tensor | None, sums: Tensor | None
+) -> None:
     blocks = -(-layout.lanes // WIDTH)
     pointers = [gates, x, None, None, grad, None, out, None, sums]
     jobs = layout.steps * layout.rows * blocks
-    run(_gate(x.dtype, grad is not None), jobs, [*layout.numbers, blocks, 1, *addresses(pointers)])
+    like = out if grad is None else grad
+    assert like is not None
+    function = _gate(like.dtype, x.dtype, grad is not None, out is not None)
+    run(function, jobs, [*layout.numbers, blocks, 1, *addresses(pointers)])

@@ -1,0 +1,150 @@
+"""A scan whose spikes are gated by a function of their rates, with as few passes over memory as that can have.
+
+The gate of a map needs all of it, so the spikes are written once, as bytes, and read once, to write them gated. Back,
+dL/dF is a sum over places of dL/d(SF) S, and dL/dS = F dL/d(SF) is taken where the scan's backward reads it: nothing of
+a map's size is written between the two.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spikegen.kernels import fused
+from spikegen.kernels.engines import module
+from spikegen.kernels.gating import rounded
+from spikegen.kernels.layout import channels_last, lay_out
+from spikegen.kernels.norms import Norm
+from spikegen.kernels.surrogates import AnySurrogate
+
+
+def fits(x: Tensor, beta: Tensor, threshold: Tensor) -> bool:
+    """Whether these currents can be scanned so: channels last in memory, constants that differ from one to the next."""
+    differ = any(c.dim() == x.dim() - 1 and c.shape[0] > 1 for c in (beta, threshold))  # from image to image
+    return x.numel() > 0 and not differ and channels_last(x, [beta, threshold])
+
+
+def gated_scan(
+    x: Tensor,
+    norm: Norm | None,
+    beta: Tensor,
+    threshold: Tensor,
+    reset: str,
+    surrogate: AnySurrogate,
+    steps: int,
+    gate: Callable[[Tensor], Tensor],
+    engine: str,
+) -> tuple[Tensor, Tensor]:
+    """(S[t] F[t] with F = gate(rate), the rate) of currents that `fits`; see `fused.scan`."""
+    code, *numbers = surrogate.compiled
+    parts = (norm.weight, norm.bias, norm.mean, norm.var, norm.batch) if norm else (None, None, None, None, False)
+    fired, rate, spikes, gates = _fire(x, *parts, beta, threshold, steps, reset == "zero", code, numbers, engine)
+    return _gate(spikes, gates, fired, gate(rate), engine), rate
+
+
+@torch.library.custom_op("spikegen::lif_fire", mutates_args=())
+def _fire(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    batch: bool,
+    beta: Tensor,
+    threshold: Tensor,
+    steps: int,
+    zero: bool,
+    surrogate: int,
+    numbers: list[float],
+    engine: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(spikes as bytes, their rate, what stands for the spikes, what stands for the gate).
+
+    The last two hold nothing: they are there for `_gate` to hand dL/d(SF) and F back through.
+    """
+    norm = fused.norm_of(weight, bias, mean, var, batch)
+    fired, rate = fused.run(x, norm, beta, threshold, steps, zero, True, engine, torch.uint8)
+    return fired, rate, *_stand_ins(x, fired, rate)
+
+
+@_fire.register_fake
+def _(x, weight, bias, mean, var, batch, beta, threshold, steps, zero, surrogate, numbers, engine):  # type: ignore[no-untyped-def]
+    layout = fused.layout_of(x, fused.norm_of(weight, bias, mean, var, batch), beta, threshold, steps, engine)
+    fired, rate = fused.outputs(x, layout, True, torch.uint8)
+    return fired, rate, *_stand_ins(x, fired, rate)
+
+
+def _stand_ins(x: Tensor, fired: Tensor, rate: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_zeros(()).expand(fired.shape), rate.new_zeros(()).expand(rate.shape)
+
+
+@torch.library.custom_op("spikegen::gate_fired", mutates_args=())
+def _gate(spikes: Tensor, gates: Tensor, fired: Tensor, gate: Tensor, engine: str) -> Tensor:
+    layout = lay_out(fired, len(fired), [], module(engine).TILE)[1]
+    out = layout.empty(spikes, len(fired))
+    module(engine).gate(layout, fired, layout.rate_to_lanes(rounded(gate, spikes)), out)
+    return out
+
+
+@_gate.register_fake
+def _(spikes: Tensor, gates: Tensor, fired: Tensor, gate: Tensor, engine: str) -> Tensor:
+    return torch.empty_like(fired, dtype=spikes.dtype)
+
+
+@torch.library.custom_op("spikegen::gate_fired_backward", mutates_args=())
+def _gate_backward(grad: Tensor, fired: Tensor, gate: Tensor, engine: str) -> Tensor:
+    layout = lay_out(fired, len(fired), [], module(engine).TILE)[1]
+    lanes = layout.rate_to_lanes(rounded(gate, grad))
+    sums = torch.empty_like(lanes)
+    module(engine).gate_backward(layout, fired, lanes, layout.dense(grad), None, sums)
+    return layout.rate_from_lanes(sums).to(gate.dtype)
+
+
+@_gate_backward.register_fake
+def _(grad: Tensor, fired: Tensor, gate: Tensor, engine: str) -> Tensor:
+    return gate.new_empty(gate.shape)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, bias, mean, var, batch, beta, threshold, steps, zero, surrogate, numbers, engine = inputs
+    ctx.save_for_backward(x, weight, bias, mean, var, beta, threshold)
+    ctx.rest = batch, steps, zero, surrogate, numbers, engine
+    ctx.set_materialize_grads(False)
+
+
+def _gradient(
+    ctx: Any, _: None, grad_rate: Tensor | None, grad: Tensor | None, gate: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    x, weight, bias, mean, var, beta, threshold = ctx.saved_tensors
+    batch, steps, zero, surrogate, numbers, engine = ctx.rest
+    needs = ctx.needs_input_grad
+    if grad is None and grad_rate is None:
+        return (None,) * 13
+    if grad is None:  # only the rate was used
+        grad = x.new_zeros(steps, *x.shape[1:])
+    grads = fused.scan_backward(
+        grad,
+        grad_rate,
+        gate,
+        *(x, weight, bias, mean, var, batch, beta, threshold),
+        *(steps, zero, surrogate, numbers, engine, needs[6] or needs[7]),
+    )
+    wanted = dict(zip((0, 1, 2, 6, 7), grads, strict=True))
+    return tuple(wanted[i] if i in wanted and needs[i] else None for i in range(13))
+
+
+_fire.register_autograd(_gradient, setup_context=_keep)
+
+
+def _keep_gate(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor, str], output: Tensor) -> None:
+    _, _, fired, gate, ctx.engine = inputs
+    ctx.save_for_backward(fired, gate)
+
+
+def _gate_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    fired, gate = ctx.saved_tensors
+    return grad, rounded(gate, grad), None, _gate_backward(grad, fired, gate, ctx.engine), None
+
+
+_gate.register_autograd(_gate_gradient, setup_context=_keep_gate)
