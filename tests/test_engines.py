@@ -274,8 +274,8 @@ def test_operators_keep_torchs_contract(engine):
     last = y.detach().movedim(2, -1).contiguous().movedim(-1, 2).requires_grad_()
     arguments = (last, weight, bias, *statistics, beta, threshold, steps, reset == "zero", code, numbers, engine)
     torch.library.opcheck(gated_scan._fire, arguments, test_utils=checks)
-    fired = (x.detach() > 0.5).byte()
-    torch.library.opcheck(gated_scan._gate, (x, gate, fired, gate, engine), test_utils=checks)
+    bits = (x.detach()[:1] * 4).byte()
+    torch.library.opcheck(gated_scan._gate, (x, gate, bits, gate, engine), test_utils=checks)
 
 
 @pytest.mark.parametrize("engine", ["torch", *FUSED])
@@ -455,16 +455,15 @@ for floats, cases in (("bf16", ({}, {"R": 1, "L": 1}, {"P": 1, "row_stride": 1, 
     for sizes in cases:
         common = dict(WIDE=tl.float32, PB=16, LB=32)
         scan = dict(ZERO=not sizes, AFFINE=True, RATED=True)
-        ptx = build(kernels._forward, floats, T=4, **common, **scan, **sizes)
+        ptx = build(kernels._forward, floats, T=4, PACKED=False, **common, **scan, **sizes)
         assert "fma.rn" not in ptx  # a fused multiply-add would round once where snnTorch rounds twice
-        build(kernels._forward, floats, ("spikes",), T=4, **common, **scan, **sizes)
+        build(kernels._forward, floats, ("spikes",), T=4, PACKED=True, **common, **scan, **sizes)
         more = dict(KIND=0, GATED=not sizes, WRITE=True, SUMS=True, CONSTANTS_TOO=True, ONCE=bool(sizes))
         assert "fma.rn" not in build(kernels._backward, floats, T=4, **common, **scan, **more, **sizes)
         build(kernels._moments, floats, PB=16, LB=32, **sizes)
-        for back, write in ((False, True), (True, True), (True, False)):
-            sized = {k: v for k, v in sizes.items() if k in "PL"}
-            for bytes in ((), ("x",)):
-                build(kernels._gate, floats, bytes, BACK=back, WRITE=write, **common, **sized)
+        for back, bits in ((False, False), (True, False), (False, True), (True, True)):
+            sized = {k: v for k, v in sizes.items() if k in "RPL"}
+            build(kernels._gate, floats, ("x",) if bits else (), BACK=back, BITS=bits, **common, **sized)
 for kind in range(6):
     build(kernels._backward, "bf16", T=2, ZERO=False, AFFINE=False, RATED=False, GATED=False, KIND=kind, WRITE=True,
           SUMS=False, CONSTANTS_TOO=False, ONCE=False, WIDE=tl.float32, PB=4, LB=32)

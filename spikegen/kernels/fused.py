@@ -62,7 +62,7 @@ def run(
     engine: str,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """The forward pass without a gradient, the spikes in `dtype`; see `scan`."""
+    """The forward pass without a gradient, the spikes in `dtype`, in uint8 a bit each; see `scan`."""
     x, layout, constants = _arrange(x, norm, beta, threshold, steps, engine)
     spikes, rate = outputs(x, layout, rated, dtype)
     if x.numel():
@@ -220,10 +220,10 @@ def _arrange(
 
 
 def outputs(x: Tensor, layout: Layout, rated: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Room for the spikes, in `dtype`, and for their rate."""
+    """Room for the spikes, in `dtype`, of eight steps in a uint8, and for their rate."""
     wide = torch.promote_types(x.dtype, torch.float32)
     rate = x.new_empty((layout.steps, *x.shape[1:3]) if rated else 0, dtype=wide)
-    return layout.empty(x, layout.steps, dtype), rate
+    return layout.empty(x, -(-layout.steps // 8) if dtype == torch.uint8 else layout.steps, dtype), rate
 
 
 def _pixels(x: Tensor) -> int:

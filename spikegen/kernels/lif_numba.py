@@ -28,9 +28,20 @@ from spikegen.kernels.numba_tools import (
     run,
     store,
 )
-from spikegen.kernels.passes_numba import gate, gate_backward, moments
+from spikegen.kernels.passes_numba import gate, gate_backward, gate_bits, gate_bits_backward, moments
 
-__all__ = ["MAX_STEPS", "TILE", "backward", "forward", "gate", "gate_backward", "moments", "unavailable"]
+__all__ = [
+    "MAX_STEPS",
+    "TILE",
+    "backward",
+    "forward",
+    "gate",
+    "gate_backward",
+    "gate_bits",
+    "gate_bits_backward",
+    "moments",
+    "unavailable",
+]
 
 TILE = WIDTH
 
@@ -57,9 +68,8 @@ def _derivative(kind: int, v: float, one: float, a: float, b: float, c: float) -
 
 
 @functools.cache
-def _forward(dtype: torch.dtype, fires: torch.dtype, zero: bool, affine: bool, rated: bool) -> Any:
-    item, size = ITEM[dtype], dtype.itemsize
-    spike, one, spike_size = ITEM[fires], ONE[fires], fires.itemsize
+def _forward(dtype: torch.dtype, packed: bool, zero: bool, affine: bool, rated: bool) -> Any:
+    item, one, size = ITEM[dtype], ONE[dtype], dtype.itemsize
     wide, wide_size = (types.float64, 8) if dtype == torch.float64 else (types.float32, 4)
     wide_np = np.float64 if dtype == torch.float64 else np.float32
     off: Any = one - one  # type: ignore[operator]
@@ -72,6 +82,7 @@ def _forward(dtype: torch.dtype, fires: torch.dtype, zero: bool, affine: bool, r
         local = np.empty(4 * W, wide_np)  # scale, shift, beta, threshold
         state = np.empty(W, wide_np)
         counts = np.empty(T * W if rated else 1, wide_np)
+        byte = np.empty(W, np.uint8)  # of up to eight steps' spikes, a bit each
         nil = carray(pointer(a[15], wide), 6)[5]
         unit = carray(pointer(a[15], wide), 6)[0]
         for job in range(begin, end):
@@ -91,7 +102,11 @@ def _forward(dtype: torch.dtype, fires: torch.dtype, zero: bool, affine: bool, r
                     for t in range(T):
                         count_t = counts[t * W : (t + 1) * W] if rated else counts
                         x = carray(pointer(a[9] + (t * time_stride + r * row_stride + place) * size, item), n)
-                        s = carray(pointer(a[10] + ((t * R + r) * P * L + place) * spike_size, spike), n)
+                        s = carray(pointer(a[10] + ((t * R + r) * P * L + place) * size, item), 0 if packed else n)
+                        bit = np.uint8(1 << (t & 7))
+                        if packed and t & 7 == 0:
+                            for i in range(n):
+                                byte[i] = 0
                         for i in range(n):
                             threshold = local[3 * W + i]
                             current = load(x[i])
@@ -102,12 +117,19 @@ def _forward(dtype: torch.dtype, fires: torch.dtype, zero: bool, affine: bool, r
                             if not zero:
                                 mem = mem - (threshold if before > threshold else nil)
                             fired = mem > threshold
-                            s[i] = one if fired else off
+                            if packed:
+                                byte[i] |= bit if fired else np.uint8(0)
+                            else:
+                                s[i] = one if fired else off
                             if zero:
                                 mem = nil if fired else mem
                             state[i] = mem
                             if rated:
                                 count_t[i] += unit if fired else nil
+                        if packed and (t & 7 == 7 or t == T - 1):
+                            eight = carray(pointer(a[10] + ((t >> 3) * R + r) * P * L + place, types.uint8), n)
+                            for i in range(n):
+                                eight[i] = byte[i]
                 if rated:
                     for t in range(T):
                         out = carray(pointer(a[11] + ((t * R + r) * L + first) * wide_size, wide), n)
@@ -264,17 +286,17 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
         pool()
     except (OSError, AttributeError, StopIteration) as error:
         return f"this torch does not lend its threads ({type(error).__name__}: {error})"
-    return None if dtype in ITEM and dtype.is_floating_point else f"it has no {str(dtype).removeprefix('torch.')}"
+    return None if dtype in ITEM else f"it has no {str(dtype).removeprefix('torch.')}"
 
 
 def forward(
     layout: Layout, x: Tensor, constants: Tensor, zero: bool, affine: bool, spikes: Tensor, counts: Tensor | None
 ) -> None:
-    """Write the spikes, and how many fired in each lane of [T, R, L], into the given tensors."""
+    """Write the spikes, in bytes a bit each, and how many fired in each lane of [T, R, L], into the given tensors."""
     blocks, chunk, chunks = cut(layout.rows, layout.lanes)
     numbers = torch.tensor([1, 0, 0, 0, 0, 0], dtype=constants.dtype)
     pointers = [constants, x, spikes, counts, None, None, None, numbers]
-    function = _forward(x.dtype, spikes.dtype, zero, affine, counts is not None)
+    function = _forward(x.dtype, spikes.dtype == torch.uint8, zero, affine, counts is not None)
     run(function, blocks * chunks, [*layout.numbers, blocks, chunk, *addresses(pointers)])
 
 

@@ -72,8 +72,8 @@ def _block(P, L, row_stride, PB: tl.constexpr, LB: tl.constexpr):  # type: ignor
 @_jit
 def _forward(  # type: ignore[no-untyped-def]
     x, constants, spikes, counts, R, P, L, time_stride, row_stride,
-    T: tl.constexpr, ZERO: tl.constexpr, AFFINE: tl.constexpr, RATED: tl.constexpr, WIDE: tl.constexpr,
-    PB: tl.constexpr, LB: tl.constexpr,
+    T: tl.constexpr, ZERO: tl.constexpr, AFFINE: tl.constexpr, RATED: tl.constexpr, PACKED: tl.constexpr,
+    WIDE: tl.constexpr, PB: tl.constexpr, LB: tl.constexpr,
 ):  # fmt: skip
     _, row, lanes, at, dense, mask, one = _block(P, L, row_stride, PB, LB)
     inside = lanes < L
@@ -82,6 +82,7 @@ def _forward(  # type: ignore[no-untyped-def]
     beta = tl.load(constants + 2 * L + lanes, inside)[None, :]
     threshold = tl.load(constants + 3 * L + lanes, inside)[None, :]
     mem = tl.zeros((PB, LB), WIDE)
+    byte = tl.zeros((PB, LB), tl.int32)
     step, time = one * R * P * L, one * time_stride
     for t in tl.static_range(T):
         current = tl.load(x + t * time + at, mask, 0).to(WIDE)
@@ -93,7 +94,12 @@ def _forward(  # type: ignore[no-untyped-def]
             mem = mem - tl.where(before > threshold, threshold, 0)
         fired = (mem > threshold) & mask
         spike = tl.where(fired, 1.0, 0.0)
-        tl.store(spikes + t * step + dense, spike.to(spikes.dtype.element_ty), mask)
+        if PACKED:  # a bit for each of eight steps
+            byte = tl.where(fired, 1 << (t % 8), 0) + (byte if t % 8 else 0)
+            if t % 8 == 7 or t == T - 1:
+                tl.store(spikes + (t // 8) * step + dense, byte.to(tl.uint8), mask)
+        else:
+            tl.store(spikes + t * step + dense, spike.to(spikes.dtype.element_ty), mask)
         if RATED:  # whole numbers: any order of adding gives the same
             tl.atomic_add(counts + (t * R + row) * L + lanes, tl.sum(spike.to(WIDE), 0), inside)
         if ZERO:
@@ -199,25 +205,31 @@ def _moments(  # type: ignore[no-untyped-def]
 
 @_jit
 def _gate(  # type: ignore[no-untyped-def]
-    x, gates, grads, out, sums, P, L, BACK: tl.constexpr, WRITE: tl.constexpr, WIDE: tl.constexpr,
+    x, gates, grads, out, sums, R, P, L, BACK: tl.constexpr, BITS: tl.constexpr, WIDE: tl.constexpr,
     PB: tl.constexpr, LB: tl.constexpr,
 ):  # fmt: skip
     lane_blocks = tl.cdiv(L, LB)
     row = tl.full((), 1, tl.int64) * (tl.program_id(0) // lane_blocks)  # t R + r: time and rows are dense
     lanes = (tl.program_id(0) % lane_blocks) * LB + tl.arange(0, LB)
     inside = lanes < L
-    gate = tl.load(gates + row * L + lanes, inside)[None, :]
+    t, image = row // R, row % R
     total = tl.zeros((PB, LB), WIDE)
     for first in range(0, P, PB):
         places = first + tl.arange(0, PB)
         mask = (places < P)[:, None] & inside[None, :]
-        at = row * P * L + places[:, None] * L + lanes[None, :]
-        value = tl.load(x + at, mask, 0).to(WIDE)
+        here = places[:, None] * L + lanes[None, :]
+        at = row * P * L + here
+        if BITS:
+            eight = tl.load(x + ((t // 8) * R + image) * P * L + here, mask, 0).to(tl.int32)
+            value = ((eight >> (t % 8).to(tl.int32)) & 1).to(WIDE)
+        else:
+            value = tl.load(x + at, mask, 0).to(WIDE)
         if BACK:
             grad = tl.load(grads + at, mask, 0).to(WIDE)
             total += grad * value
             value = grad
-        if WRITE:
+        if not (BACK and BITS):  # bits' gradient is taken where it is read, by the scan's backward
+            gate = tl.load(gates + row * L + lanes, inside)[None, :]
             tl.store(out + at, (value * gate).to(out.dtype.element_ty), mask)
     if BACK:
         tl.store(sums + row * L + lanes, tl.sum(total, 0), inside)
@@ -229,15 +241,15 @@ def _gate(  # type: ignore[no-untyped-def]
 def forward(
     layout: Layout, x: Tensor, constants: Tensor, zero: bool, affine: bool, spikes: Tensor, counts: Tensor | None
 ) -> None:
-    """Write the spikes, and how many fired in each lane of [T, R, L], into the given tensors."""
+    """Write the spikes, in bytes a bit each, and how many fired in each lane of [T, R, L], into the given tensors."""
     _, grid, places, lanes = _grid(layout, 1024)
     if counts is not None:
         counts.zero_()
     with torch.cuda.device_of(x):
         _forward[grid](
             x, constants, spikes, counts, *_sizes(layout),
-            T=layout.steps, ZERO=zero, AFFINE=affine, RATED=counts is not None, WIDE=_wide(constants),
-            PB=places, LB=lanes, enable_fp_fusion=False,
+            T=layout.steps, ZERO=zero, AFFINE=affine, RATED=counts is not None,
+            PACKED=spikes.dtype == torch.uint8, WIDE=_wide(constants), PB=places, LB=lanes, enable_fp_fusion=False,
         )  # fmt: skip
 
 
@@ -283,24 +295,42 @@ def moments(layout: Layout, x: Tensor) -> Tensor:
 
 
 def gate(layout: Layout, x: Tensor, gates: Tensor, out: Tensor) -> None:
-    """Write x, or what bytes say fired, times the gates [T, R, L] into `out`; both dense."""
-    _gate_pass(layout, x, gates, None, out, None)
+    """Write x times the gates [T, R, L] into `out`; both dense."""
+    _gate_pass(layout, x, gates, None, out, None, False)
 
 
-def gate_backward(layout: Layout, x: Tensor, gates: Tensor, grad: Tensor, out: Tensor | None, sums: Tensor) -> None:
-    """Write grad times the gates into `out`, if given, and the sums over places of grad x into `sums` [T, R, L]."""
-    _gate_pass(layout, x, gates, grad, out, sums)
+def gate_backward(layout: Layout, x: Tensor, gates: Tensor, grad: Tensor, out: Tensor, sums: Tensor) -> None:
+    """Write grad times the gates into `out`, and the sums over places of grad x into `sums` [T, R, L]."""
+    _gate_pass(layout, x, gates, grad, out, sums, False)
+
+
+def gate_bits(layout: Layout, bits: Tensor, gates: Tensor, out: Tensor) -> None:
+    """Write the gates [T, R, L] into `out` where the bits are set, 0 elsewhere."""
+    _gate_pass(layout, bits, gates, None, out, None, True)
+
+
+def gate_bits_backward(layout: Layout, bits: Tensor, grad: Tensor, sums: Tensor) -> None:
+    """Write the sums over places of grad where the bits are set into `sums` [T, R, L]."""
+    _gate_pass(layout, bits, None, grad, None, sums, True)
 
 
 def _gate_pass(
-    layout: Layout, x: Tensor, gates: Tensor, grad: Tensor | None, out: Tensor | None, sums: Tensor | None
+    layout: Layout,
+    x: Tensor,
+    gates: Tensor | None,
+    grad: Tensor | None,
+    out: Tensor | None,
+    sums: Tensor | None,
+    bits: bool,
 ) -> None:
     _, _, places, lanes = _grid(layout, 1024)
+    wide = gates if sums is None else sums
+    assert wide is not None
     grid = (layout.steps * layout.rows * triton.cdiv(layout.lanes, lanes),)
     with torch.cuda.device_of(x):
         _gate[grid](
-            x, gates, grad, out, sums, layout.places, layout.lanes,
-            BACK=grad is not None, WRITE=out is not None, WIDE=_wide(gates), PB=places, LB=lanes,
+            x, gates, grad, out, sums, layout.rows, layout.places, layout.lanes,
+            BACK=grad is not None, BITS=bits, WIDE=_wide(wide), PB=places, LB=lanes,
         )  # fmt: skip
 
 

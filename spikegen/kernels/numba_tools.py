@@ -36,18 +36,16 @@ def pointer(_context: Any, address: Any, dtype: Any) -> Any:
 
 @intrinsic
 def load(_context: Any, value: Any) -> Any:
-    """A number in the type of the membrane; 16 bits are a bfloat16, the upper half of a float32, a byte a count."""
-    half, byte = value == types.uint16, value == types.uint8
+    """A number in the type of the membrane; 16 bits are a bfloat16, the upper half of a float32."""
+    half = value == types.uint16
 
     def generate(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        if byte:
-            return builder.uitofp(args[0], ir.FloatType())
         if not half:
             return args[0]
         bits = builder.shl(builder.zext(args[0], ir.IntType(32)), ir.Constant(ir.IntType(32), 16))
         return builder.bitcast(bits, ir.FloatType())
 
-    return (types.float32 if half or byte else value)(value), generate
+    return (types.float32 if half else value)(value), generate
 
 
 @intrinsic
@@ -81,18 +79,8 @@ def bare(function: Callable[..., Any]) -> Any:
 # ---- the passes, as functions of (first item, last item, arguments) for torch's thread pool --------------------------
 
 SIGNATURE = types.void(types.int64, types.int64, types.CPointer(types.int64))
-ITEM = {
-    torch.bfloat16: types.uint16,
-    torch.float32: types.float32,
-    torch.float64: types.float64,
-    torch.uint8: types.uint8,
-}
-ONE = {
-    torch.bfloat16: np.uint16(0x3F80),
-    torch.float32: np.float32(1),
-    torch.float64: np.float64(1),
-    torch.uint8: np.uint8(1),
-}
+ITEM = {torch.bfloat16: types.uint16, torch.float32: types.float32, torch.float64: types.float64}
+ONE = {torch.bfloat16: np.uint16(0x3F80), torch.float32: np.float32(1), torch.float64: np.float64(1)}
 
 
 def compiled(function: Callable[..., None]) -> Any:

@@ -44,9 +44,8 @@ def _moments(dtype: torch.dtype) -> Any:
 
 
 @functools.cache
-def _gate(dtype: torch.dtype, spikes: torch.dtype, back: bool, write: bool) -> Any:
+def _gate(dtype: torch.dtype, back: bool) -> Any:
     item, like, size = ITEM[dtype], ONE[dtype], dtype.itemsize
-    spike, spike_size = ITEM[spikes], spikes.itemsize
     wide, wide_size = (types.float64, 8) if dtype == torch.float64 else (types.float32, 4)
     wide_np = np.float64 if dtype == torch.float64 else np.float32
     W = WIDTH
@@ -63,16 +62,15 @@ def _gate(dtype: torch.dtype, spikes: torch.dtype, back: bool, write: bool) -> A
             for i in range(W):
                 total[i] = 0
             for p in range(P):
-                start = row * P * L + p * L + first
-                x = carray(pointer(a[9] + start * spike_size, spike), n)
-                out = carray(pointer(a[14] + start * size, item), n)
+                start = (row * P * L + p * L + first) * size
+                x = carray(pointer(a[9] + start, item), n)
+                out = carray(pointer(a[14] + start, item), n)
                 if back:
-                    g = carray(pointer(a[12] + start * size, item), n)
+                    g = carray(pointer(a[12] + start, item), n)
                     for i in range(n):
                         total[i] += load(g[i]) * load(x[i])
-                    if write:
-                        for i in range(n):
-                            out[i] = store(load(g[i]) * gates[i], like)
+                    for i in range(n):
+                        out[i] = store(load(g[i]) * gates[i], like)
                 else:
                     for i in range(n):
                         out[i] = store(load(x[i]) * gates[i], like)
@@ -82,6 +80,56 @@ def _gate(dtype: torch.dtype, spikes: torch.dtype, back: bool, write: bool) -> A
                     sums[i] = total[i]
 
     return compiled(gate)
+
+
+@functools.cache
+def _gate_bits(dtype: torch.dtype, back: bool) -> Any:
+    item, like, size = ITEM[dtype], ONE[dtype], dtype.itemsize
+    wide, wide_size = (types.float64, 8) if dtype == torch.float64 else (types.float32, 4)
+    wide_np, kept_np = (np.float64,) * 2 if dtype == torch.float64 else (np.float32, type(like))
+    off: Any = like - like  # type: ignore[operator]
+    W = WIDTH
+
+    def gate_bits(begin, end, context):  # type: ignore[no-untyped-def]
+        a = carray(context, 20)
+        T, R, P, L, blocks = a[0], a[1], a[2], a[3], a[6]
+        kept = np.empty(T * W, kept_np)  # the gates, as they are written
+        total = np.empty(T * W, wide_np)
+        nil = wide_np(0)
+        for job in range(begin, end):  # one lane block of one image
+            first = (job % blocks) * W
+            n = min(W, L - first)
+            r = job // blocks
+            for t in range(T):
+                gates = carray(pointer(a[8] + ((t * R + r) * L + first) * wide_size, wide), 0 if back else n)
+                for i in range(len(gates)):
+                    kept[t * W + i] = store(gates[i], like)
+            for i in range(T * W):
+                total[i] = nil
+            for p in range(P):
+                for t in range(T):
+                    byte = carray(pointer(a[10] + ((t >> 3) * R + r) * P * L + p * L + first, types.uint8), n)
+                    bit = np.uint8(1 << (t & 7))
+                    start = ((t * R + r) * P * L + p * L + first) * size
+                    if back:
+                        g = carray(pointer(a[12] + start, item), n)
+                        total_t = total[t * W : (t + 1) * W]
+                        for i in range(n):
+                            value = load(g[i])
+                            total_t[i] += value if byte[i] & bit else nil
+                    else:
+                        out = carray(pointer(a[14] + start, item), n)
+                        kept_t = kept[t * W : (t + 1) * W]
+                        for i in range(n):
+                            open = kept_t[i]
+                            out[i] = open if byte[i] & bit else off
+            if back:
+                for t in range(T):
+                    sums = carray(pointer(a[16] + ((t * R + r) * L + first) * wide_size, wide), n)
+                    for i in range(n):
+                        sums[i] = total[t * W + i]
+
+    return compiled(gate_bits)
 
 
 # ---- calling them ----------------------------------------------------------------------------------------------------
@@ -97,22 +145,37 @@ def moments(layout: Layout, x: Tensor) -> Tensor:
 
 
 def gate(layout: Layout, x: Tensor, gates: Tensor, out: Tensor) -> None:
-    """Write x, or what bytes say fired, times the gates [T, R, L] into `out`; both dense."""
+    """Write x times the gates [T, R, L] into `out`; both dense."""
     _gate_pass(layout, x, gates, None, out, None)
 
 
-def gate_backward(layout: Layout, x: Tensor, gates: Tensor, grad: Tensor, out: Tensor | None, sums: Tensor) -> None:
-    """Write grad times the gates into `out`, if given, and the sums over places of grad x into `sums` [T, R, L]."""
+def gate_backward(layout: Layout, x: Tensor, gates: Tensor, grad: Tensor, out: Tensor, sums: Tensor) -> None:
+    """Write grad times the gates into `out`, and the sums over places of grad x into `sums` [T, R, L]."""
     _gate_pass(layout, x, gates, grad, out, sums)
 
 
-def _gate_pass(
-    layout: Layout, x: Tensor, gates: Tensor, grad: Tensor | None, out: Tensor | None, sums: Tensor | None
+def gate_bits(layout: Layout, bits: Tensor, gates: Tensor, out: Tensor) -> None:
+    """Write the gates [T, R, L] into `out` where the bits are set, 0 elsewhere."""
+    _bits_pass(layout, bits, gates, None, out, None)
+
+
+def gate_bits_backward(layout: Layout, bits: Tensor, grad: Tensor, sums: Tensor) -> None:
+    """Write the sums over places of grad where the bits are set into `sums` [T, R, L]."""
+    _bits_pass(layout, bits, None, grad, None, sums)
+
+
+def _bits_pass(
+    layout: Layout, bits: Tensor, gates: Tensor | None, grad: Tensor | None, out: Tensor | None, sums: Tensor | None
 ) -> None:
+    blocks, dense = -(-layout.lanes // WIDTH), out if grad is None else grad
+    assert dense is not None
+    pointers = [gates, None, bits, None, grad, None, out, None, sums]
+    jobs = layout.rows * blocks
+    run(_gate_bits(dense.dtype, grad is not None), jobs, [*layout.numbers, blocks, 1, *addresses(pointers)])
+
+
+def _gate_pass(layout: Layout, x: Tensor, gates: Tensor, grad: Tensor | None, out: Tensor, sums: Tensor | None) -> None:
     blocks = -(-layout.lanes // WIDTH)
     pointers = [gates, x, None, None, grad, None, out, None, sums]
     jobs = layout.steps * layout.rows * blocks
-    like = out if grad is None else grad
-    assert like is not None
-    function = _gate(like.dtype, x.dtype, grad is not None, out is not None)
-    run(function, jobs, [*layout.numbers, blocks, 1, *addresses(pointers)])
+    run(_gate(x.dtype, grad is not None), jobs, [*layout.numbers, blocks, 1, *addresses(pointers)])
