@@ -1,6 +1,7 @@
 """The command line: one click command a file, imported when it is called, so that `--help` is instant."""
 
 import importlib
+import os
 import sys
 import traceback
 import warnings
@@ -99,6 +100,8 @@ def _explain(error: Exception) -> None:
         _fail(str(error), 130)
     if isinstance(error, OSError) or kind in ("Diverged", "OutOfMemoryError"):
         _fail(getattr(error, "strerror", None) or str(error), 1)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and ("gloo" in str(error) or kind.startswith("Dist")):
+        _fail("another process of this training has stopped: what it says is why", 1)
     traceback.print_exc()
     _fail(f"{kind}: this is a bug in spikegen; please report it with the lines above", 1)
 

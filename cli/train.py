@@ -27,7 +27,7 @@ def command(
     if dry_run:
         from spikegen.training import dry_run as build
 
-        summary = build(resolved)
+        summary = build(resolved, device)
         click.echo(dump_config(resolved), nl=False)
         click.echo(summary, err=True)
         return

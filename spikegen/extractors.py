@@ -76,24 +76,28 @@ def load_extractor(name: str, data: str, device: torch.device | str) -> Extracto
     With `data` a "folder", cnn:NAME is that of data set NAME. UserError when there is no such extractor, none for this
     data set, or when its weights cannot be had.
     """
-    kind, _, path = name.partition(":")
+    kind, path = check_extractor(name, data)
     extractor: Extractor
     if kind == "inception":
         extractor = _load_inception(Path(path) if path else None)
-    elif kind == "autoencoder" and path:
+    elif kind == "autoencoder":
         extractor = _load_autoencoder(Path(path))
-    elif kind == "cnn":
-        if path and data not in ("folder", path):
-            raise UserError(
-                f"extractor {name}: the real images are {data}'s, not {path}'s; use {default_extractor(data)}"
-            )
+    else:
         of = path or data
         extractor = CNNExtractor(load_cnn(of), CNN_SIZES[of])
-    else:
-        kinds = ["cnn", "cnn:NAME", "inception", "inception:PATH", "autoencoder:PATH"]
-        raise UserError(f"extractor {name!r}: {suggest(name, kinds)}")
     extractor.weights_sha256 = weights_hash(extractor.state_dict())
     return extractor.requires_grad_(False).eval().to(device)
+
+
+def check_extractor(name: str, data: str) -> tuple[str, str]:
+    """(kind, path or data set, if any) of an extractor's name; UserError where there is none such for this data set."""
+    kind, _, path = name.partition(":")
+    if kind not in ("inception", "cnn") and not (kind == "autoencoder" and path):
+        kinds = ["cnn", "cnn:NAME", "inception", "inception:PATH", "autoencoder:PATH"]
+        raise UserError(f"extractor {name!r}: {suggest(name, kinds)}")
+    if kind == "cnn" and path and data not in ("folder", path):
+        raise UserError(f"extractor {name}: the real images are {data}'s, not {path}'s; use {default_extractor(data)}")
+    return kind, path
 
 
 def default_extractor(data: str) -> str:

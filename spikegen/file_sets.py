@@ -77,6 +77,8 @@ def scan_folder(root: Path) -> tuple[dict[Split, Files], tuple[str, ...]]:
     if not root.is_dir():
         raise UserError(f"data.root: {root} is not a folder; it must be the folder that holds the images")
     splits = _split(root)
+    if not any(names for _, names in splits.values()):
+        raise UserError(f"data.root: {root} has no image ({', '.join(IMAGE_SUFFIXES)})")
     parents = {name.parts[0] if len(name.parts) > 1 else "" for _, names in splits.values() for name in names}
     classes = tuple(sorted(parents)) if "" not in parents and len(parents) > 1 else ()
     number = {name: k for k, name in enumerate(classes)}

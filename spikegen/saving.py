@@ -23,7 +23,14 @@ def save_model(folder: Path, state: Mapping[str, Tensor], saved: Spec) -> None:
 
 def find_model(source: str | Path, revision: str | None = None) -> Path:
     """The folder `source`, else that of the Hugging Face hub's repository of this name; UserError if it is neither."""
-    return Path(source) if Path(source).is_dir() else _from_hub(str(source), revision)
+    folder = Path(source)
+    if not folder.is_dir():
+        return _from_hub(str(source), revision)
+    if not (folder / CONFIG).is_file():
+        right = f"a run has config.yaml, a saved model {CONFIG}"
+        inside = f"; did you mean {folder / 'model'}?" if (folder / "model" / CONFIG).is_file() else ""
+        raise UserError(f"{folder} is no run and no saved model ({right}){inside}")
+    return folder
 
 
 def load_weights(model: nn.Module, weights: Path, config: Path) -> None:
@@ -52,6 +59,8 @@ def _from_hub(repository: str, revision: str | None) -> Path:
     wrong: Callable[[str], UserError] = lambda why: UserError(  # noqa: E731
         f"{repository} is no run folder, no saved model, and no model on the Hugging Face hub ({why})"
     )
+    if Path(repository).is_file():
+        raise UserError(f"{repository} is a file; a run or a saved model is a folder")
     if Path(repository).is_absolute() or repository.count("/") != 1:
         raise wrong("a hub id is OWNER/NAME")
     try:

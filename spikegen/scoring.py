@@ -47,6 +47,8 @@ def score(
     metrics and what extractor; `statistics` is an .npz file of the real images' features as its authors publish it.
     `sampling` says how to draw, where not as the model was saved.
     """
+    if num is not None and num < 1:
+        raise UserError(f"num is {num}; it must be 1 or more")
     fixed, sampling = _protocol(protocol, num, metrics), sampling or Sampling()
     given, device = Path(source), pick_device(device)
     if given.is_dir() and not any((given / name).exists() for name in ("config.yaml", "config.json")):

@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, TypeVar, Union, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
 
 
 class UserError(Exception):
@@ -19,6 +19,26 @@ class Spec(BaseModel):
     """A frozen, strict description of a part; subclasses sit above the module they describe and have `build(...)`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, values: Any) -> Any:
+        """YAML's `true`, `yes` and `on` are no 1."""
+        for name, value in values.items() if isinstance(values, Mapping) else ():
+            parts = value if isinstance(value, list | tuple) else [value]
+            field = cls.model_fields.get(name)
+            if field is not None and any(isinstance(x, bool) for x in parts) and _is_number(field.annotation):
+                raise ValueError(f"{name} is {value!r}; it must be a number")
+        return values
+
+
+def _is_number(annotation: Any) -> bool:
+    """Whether a field holds numbers, and neither truths nor a section, of which pydantic says better what is wrong."""
+    inside, seen = [annotation], []
+    while inside:
+        seen.append(inside.pop())
+        inside += get_args(seen[-1])
+    return (int in seen or float in seen) and bool not in seen and not _specs(annotation)
 
 
 def default_kind(kind: str) -> BeforeValidator:

@@ -13,6 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 from spikegen.classifier import SpikingClassifier
 from spikegen.config import Config
 from spikegen.data import ImageSet
+from spikegen.extractors import check_extractor
 from spikegen.images import Part, to_input
 from spikegen.isometry import warn_if_unstable
 from spikegen.kernels import choose
@@ -42,12 +43,7 @@ def train(config: Config, out: str | Path, *, resume: bool = False, device: str 
     accelerator = Accelerator(cpu=wanted == "cpu", mixed_precision="no")  # precision is training.precision's alone
     if accelerator.device.type != wanted:
         raise UserError(f"this process has trained on {accelerator.device.type}; to train on {wanted}, start another")
-    for key, batch, steps in _batch_sizes(config):
-        if batch % accelerator.num_processes:
-            raise UserError(f"{key} {batch} is not divisible by {accelerator.num_processes} processes")
-        if batch // accelerator.num_processes * steps < 2:
-            raise UserError(f"{key} {batch} gives norms a single value in {steps} step; use 2 a process or more")
-    engine = choose(config.model.engine, wanted, steps=config.model.num_steps)
+    engine = _engine(config, wanted, accelerator.num_processes)
     _built(config)  # finds what cannot be built before the data is fetched
     if resume:
         _require_same(config, run.config(), run)
@@ -68,7 +64,7 @@ def train(config: Config, out: str | Path, *, resume: bool = False, device: str 
         if accelerator.is_main_process:
             if resume:
                 run.forget_after(seen)
-            if not resume or any(getattr(run.config(), phase) != getattr(config, phase) for phase in LATER_PHASES):
+            if not resume or run.config() != config:  # which a later phase and scoring may change
                 run.start(config)
         accelerator.wait_for_everyone()
         writer = None
@@ -135,15 +131,28 @@ def build_model(config: Config, classes: tuple[str, ...]) -> SpikingVAE | Spikin
     return SpikingClassifier(config.model, shape, classes)
 
 
-def dry_run(config: Config) -> str:
-    """Build the model on the meta device, which takes no memory, and say how large it is."""
+def dry_run(config: Config, device: str = "auto") -> str:
+    """Build the model on the meta device, which takes no memory, and say how large it is; UserError as `train`."""
+    _engine(config, pick_device(device), 1)
     _given_encoder(config)
     return _built(config)
+
+
+def _engine(config: Config, device: str, processes: int) -> str:
+    """That of the scans there; UserError where it, or a batch, does not fit device and processes."""
+    for key, batch, steps in _batch_sizes(config):
+        if batch % processes:
+            raise UserError(f"{key} {batch} is not divisible by {processes} processes")
+        if batch // processes * steps < 2:
+            raise UserError(f"{key} {batch} gives norms a single value in {steps} step; use 2 a process or more")
+    return choose(config.model.engine, device, steps=config.model.num_steps)
 
 
 def _built(config: Config) -> str:
     for section in ("training", "refinement"):
         load_judge(config, section)
+    if config.scoring.extractor is not None:
+        check_extractor(config.scoring.extractor, config.data.name)
     with torch.device("meta"):
         model = build_model(config, config.data.class_names())
         if config.prior is not None and isinstance(model, SpikingVAE):

@@ -142,6 +142,15 @@ def test_export_writes_a_program_and_says_what_it_takes(spikegen, run: Path, tmp
         (["train", "digits", "--set", "training.epcohs=1"], "did you mean epochs?"),
         (["train", "digits", "--set", "model.attention.kind=tcj"], "did you mean tcja?"),
         (["train", "digits", "--set", "training.batch_size=0"], "training.batch_size"),
+        (["train", "digits", "--set", "training.epochs=true"], "training: epochs is True; it must be a number"),
+        (["train", "digits", "--set", "training.betas=[yes, 0.9]"], "training: betas is [True, 0.9]; it must be"),
+        (["train", "digits", "--set", "scoring.extractor=foo"], "extractor 'foo'"),
+        (["train", "digits", "--set", "scoring.extractor=cnn:mnist"], "the real images are digits's"),
+        (["train", "digits", "--set", "scoring.extractor=foo", "--dry-run"], "extractor 'foo'"),
+        (
+            ["train", "digits", "--set", "model.num_steps=1", "--set", "training.batch_size=1", "--dry-run"],
+            "2 a process",
+        ),
         (["train", "digits", "--set", "data.image_size=17", "--dry-run"], "multiple of 4"),
         (["train", "digits", "--resume", "--out", "none"], "none is no run"),
         (["train", "mnist", "--set", "data.download=false"], "data.root"),
@@ -163,13 +172,15 @@ def test_export_writes_a_program_and_says_what_it_takes(spikegen, run: Path, tmp
         (["sample", "{run}", "--out", "{file}/grid.png"], "cannot write"),
         (["sample", "{run}", "--images", "{run}"], "not empty"),
         (["reconstruct", "{run}", "--num", "0"], "--num"),
-        (["profile", "{file}"], "is no run folder"),
+        (["profile", "{file}"], "file is a file; a run or a saved model is a folder"),
+        (["profile", "{run}/.."], "is no run and no saved model"),
+        (["sample", "{run}/samples", "--out", "x.png"], "is no run and no saved model (a run has config.yaml, a saved"),
         (["export", "{run}", "--format", "nir", "--out", "a.nir"], "NIR cannot express encoder.0.attention"),
         (["export", "{run}", "--format", "nir", "--out", "{run}/config.yaml"], "ends in .nir"),
         (["export", "{run}", "--format", "torch", "--out", "{file}/a.pt2"], "cannot write"),
         (["export", "{run}", "--format", "pdf", "--out", "a.pdf"], "--format"),
         (["export", "{run}", "--format", "nir"], "--out"),
-        (["export", "{file}", "--format", "onnx", "--out", "a.onnx"], "is no run folder"),
+        (["export", "{file}", "--format", "onnx", "--out", "a.onnx"], "file is a file"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(
@@ -185,6 +196,34 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     assert err.count("\n") == 1
     assert before == {f: f.read_bytes() for f in run.rglob("*") if f.is_file()}
     assert sorted(f.name for f in tmp_path.iterdir()) == ["file"]
+
+
+def test_a_model_beside_a_lost_config_is_pointed_to(spikegen, run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "config.yaml").unlink()
+    code, _, err = spikegen("sample", tmp_path / "run", "--out", tmp_path / "x.png")
+    assert (code, f"did you mean {tmp_path / 'run' / 'model'}?" in err) == (2, True)
+
+
+def test_a_data_folder_that_is_a_file_is_named(spikegen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "data").write_text("")
+    monkeypatch.setenv("SPIKEGEN_DATA", str(tmp_path / "data"))
+    code, _, err = spikegen("train", "mnist", "--out", tmp_path / "run", "--device", "cpu")
+    assert (code, "$SPIKEGEN_DATA" in err, err.count("\n")) == (2, True, 1)
+
+
+@pytest.mark.parametrize("line", ["[../gloo/transport/tcp/pair.cc:538] Connection closed by peer [::1]:1", "x"])
+def test_a_process_that_others_left_says_so_and_no_bug(spikegen, monkeypatch: pytest.MonkeyPatch, line: str) -> None:
+    def left(*_: object, **__: object) -> None:
+        raise RuntimeError(line)
+
+    monkeypatch.setattr("spikegen.training.train", left)
+    for processes, code in ("2", 1), ("1", 1):
+        monkeypatch.setenv("WORLD_SIZE", processes)
+        found, _, err = spikegen("train", "digits")
+        gone = "gloo" in line and processes == "2"
+        assert (found, "another process of this training" in err) == (code, gone)
+        assert ("bug in spikegen" in err) is not gone
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has CUDA")

@@ -146,7 +146,7 @@ def test_grey_folder(tmp_path: Path) -> None:
 
 def test_an_empty_split_is_a_mistake(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
-    mistake(lambda: folder(tmp_path / "in"), "data.root", "no train image", ".png")
+    mistake(lambda: folder(tmp_path / "in"), "data.root", "has no image", ".png")
     picture(tmp_path / "in" / "a.png")
     mistake(lambda: folder(tmp_path / "in", "test"), "no test image")
 

@@ -112,6 +112,11 @@ def test_train_and_test_folders_are_the_splits(tmp_path: Path, test: str) -> Non
     assert all(path.is_file() for paths, _ in splits.values() for path in paths)
 
 
+def test_a_folder_of_no_image_is_named(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("")
+    mistake(lambda: scan_folder(tmp_path), "data.root", "has no image (.png")
+
+
 def test_folder_that_is_none(tmp_path: Path) -> None:
     mistake(lambda: scan_folder(tmp_path / "nowhere"), "data.root", "is not a folder")
 

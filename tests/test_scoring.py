@@ -171,6 +171,11 @@ def test_one_image_is_no_set(generated, real):
         quick(noise(generated), noise(real))
 
 
+def test_no_images_cannot_be_asked_for(tmp_path):
+    with pytest.raises(UserError, match="num is 0; it must be 1 or more"):
+        score(tmp_path, num=0)
+
+
 def test_no_images_are_no_set():
     with pytest.raises(UserError, match="got 0 generated"):
         score_sets([], Reference("real", None, noise(5)), Pixels(), ("fid",))

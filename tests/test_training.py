@@ -122,6 +122,16 @@ def test_an_ignored_signal_stays_ignored(tmp_path: Path, monkeypatch: pytest.Mon
         signal.signal(signal.SIGHUP, before)
 
 
+def test_what_a_resumed_run_is_told_of_scoring_is_kept(tmp_path: Path) -> None:
+    config = tiny_config(training__epochs=0.2)
+    run = Run(train(config, tmp_path / "run", device="cpu"))
+    before = (run.model / "model.safetensors").read_bytes()
+    told = tiny_config(training__epochs=0.2, scoring__num=77)
+    train(told, run.path, resume=True, device="cpu")
+    assert run.config().scoring.num == 77
+    assert (run.model / "model.safetensors").read_bytes() == before
+
+
 def test_two_trainings_do_not_share_a_folder(tmp_path: Path) -> None:
     new, begun = Run(tmp_path / "new"), Run(train(tiny_config(training__epochs=0.2), tmp_path / "run", device="cpu"))
     for run in new, begun:
