@@ -84,12 +84,15 @@ def load_reference(reference: str, shape: Shape, data: DataSpec | None = None) -
 def read_folder(path: Path, limit: int | None = None) -> UInt8[Tensor, "N C H W"]:
     """The first `limit` (else all) images in a folder, sorted by name: grey files as C = 1, others as RGB.
 
-    UserError when there is none, one is broken or has over 8 bits, or they differ in size or channels.
+    Hidden files are left out, and so is what lies in sub-folders. UserError when there is none, one is broken or has
+    over 8 bits, or they differ in size or channels.
     """
     with user_mistakes("read", path):
-        files = sorted(f for f in path.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file())
+        files = sorted(f for f in path.iterdir() if _is_image(f))
+        deeper = next((f for f in path.rglob("*") if _is_image(f)), None) if not files else None
     if not files:
-        raise UserError(f"{path}: holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+        right = f"; sub-folders do: give one, such as {deeper.parent}" if deeper else ""
+        raise UserError(f"{path}: holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}){right}")
     images = [_read_image(file) for file in files[:limit]]
     shapes = [image_shape(image[None]) for image in images]
     for file, shape in zip(files, shapes, strict=False):
@@ -97,6 +100,10 @@ def read_folder(path: Path, limit: int | None = None) -> UInt8[Tensor, "N C H W"
             first = f"{files[0].name} is {_shown(shapes[0])}"
             raise UserError(f"{file} is {_shown(shape)} but {first}; all must agree in size and channels")
     return torch.stack(images)
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
 
 
 def _read_image(path: Path) -> UInt8[Tensor, "C H W"]:

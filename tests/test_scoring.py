@@ -276,7 +276,14 @@ def test_a_bad_folder_is_named(tmp_path):
         read_folder(tmp_path / "absent")
     with pytest.raises(UserError, match="holds no images"):
         read_folder(tmp_path)
+    save(noise(1), tmp_path)
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "000000.png").rename(tmp_path / "deep" / "a.png")
+    with pytest.raises(UserError, match=r"sub-folders do: give one, such as .*deep$"):
+        read_folder(tmp_path)
     save(noise(3), tmp_path)
+    (tmp_path / ".hidden.png").write_text("no image")
+    assert len(read_folder(tmp_path)) == 3
     (tmp_path / "000001.png").write_bytes((tmp_path / "000000.png").read_bytes()[:60])
     with pytest.raises(UserError, match=r"000001.png: cannot be read"):
         read_folder(tmp_path)
