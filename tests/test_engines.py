@@ -133,6 +133,25 @@ def test_a_gated_scan_of_which_only_a_part_is_used(engine, used):
         torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("engine", FUSED)
+def test_saved_tensors_may_come_back_in_another_order_of_memory(engine):
+    """As those of torch.autograd.graph.save_on_cpu do."""
+    torch.manual_seed(0)
+    y = torch.randn(5, 3, 4, 6, 2, device=DEVICE, dtype=torch.float64).movedim(2, -1).contiguous().movedim(-1, 2)
+    y.requires_grad_()
+    beta, threshold = torch.tensor(0.6).to(y), torch.tensor(0.3).to(y)
+    weights = torch.randn_like(y)
+
+    def found():
+        spikes, rate = normed_scan(y, None, beta, threshold, "zero", ATan(), 5, engine, torch.sigmoid)
+        again, rate = normed_scan(y, None, beta, threshold, "zero", ATan(), 5, engine)
+        return torch.autograd.grad(((spikes + gated(again, rate.sigmoid())) * weights).sum(), y)[0]
+
+    with torch.autograd.graph.saved_tensors_hooks(torch.Tensor.contiguous, lambda x: x):
+        ours = found()
+    torch.testing.assert_close(ours, found())
+
+
 @pytest.mark.parametrize("engine", ["reference", "torch", *FUSED])
 @pytest.mark.parametrize("steps", [1, 6])
 def test_the_norms_gradient_is_that_of_its_formula(engine, steps):

@@ -113,6 +113,8 @@ def scan_backward(
         wanted = weight, bias, *((beta, threshold) if constants_too else (None, None))
         zeros = [x.new_empty(0) if c is None else torch.zeros_like(c) for c in wanted]
         return out, zeros[0], zeros[1], zeros[2], zeros[3]
+    if gate is not None and not layout.tile:  # a hook on saved tensors has given x back in another order of memory
+        grad_spikes, gate = grad_spikes * gate.view(*gate.shape, *(1,) * (x.dim() - 3)), None
     share = None
     if grad_rate is not None:
         grad_rate = grad_rate.to(constants.dtype) / _pixels(x)

@@ -14,7 +14,7 @@ from torch import Tensor
 from spikegen.kernels import fused
 from spikegen.kernels.engines import module
 from spikegen.kernels.gating import rounded
-from spikegen.kernels.layout import Layout, channels_last, lay_out
+from spikegen.kernels.layout import Layout, channels_last, lay_out, to_channels_last
 from spikegen.kernels.norms import Norm
 from spikegen.kernels.surrogates import AnySurrogate
 
@@ -94,6 +94,7 @@ def _(spikes: Tensor, gates: Tensor, bits: Tensor, gate: Tensor, engine: str) ->
 
 @torch.library.custom_op("spikegen::gate_bits_backward", mutates_args=())
 def _gate_backward(grad: Tensor, bits: Tensor, gate: Tensor, engine: str) -> Tensor:
+    bits = to_channels_last(bits)  # a hook on saved tensors may have given it back otherwise
     layout = _layout(bits, gate, engine)
     wide = torch.promote_types(grad.dtype, torch.float32)
     sums = torch.empty(len(gate), layout.rows, layout.lanes, dtype=wide, device=grad.device)

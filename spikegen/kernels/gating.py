@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from spikegen.kernels.engines import fused_engine, module
-from spikegen.kernels.layout import Layout, lay_out
+from spikegen.kernels.layout import Layout, lay_out, to_channels_last
 
 
 def gated(x: Float[Tensor, "T B C *hw"], gate: Float[Tensor, "T B C"]) -> Float[Tensor, "T B C *hw"]:
@@ -39,6 +39,7 @@ def _(x: Tensor, gate: Tensor, engine: str) -> Tensor:
 
 @torch.library.custom_op("spikegen::gated_backward", mutates_args=())
 def _gated_backward(grad: Tensor, x: Tensor, gate: Tensor, engine: str) -> tuple[Tensor, Tensor]:
+    x = to_channels_last(x)  # a hook on saved tensors may have given it back otherwise
     layout = _layout(x, engine)
     out, lanes = layout.empty(x, len(x)), layout.rate_to_lanes(rounded(gate, x))
     sums = torch.empty_like(lanes)

@@ -42,7 +42,7 @@ class Layout:
 
     def dense(self, x: Tensor) -> Tensor:
         """`x` [T, B, C, ...], copied if it is not dense in this order of memory."""
-        return x.movedim(2, -1).contiguous().movedim(-1, 2) if self.tile else x.contiguous()
+        return to_channels_last(x) if self.tile else x.contiguous()
 
     def to_lanes(self, constant: Tensor) -> Tensor:
         """A constant that broadcasts over a step, as one number a lane."""
@@ -80,6 +80,11 @@ def channels_last(x: Tensor, constants: list[Tensor]) -> bool:
     inner = x.dim() - 2
     by_channel = all(c.numel() == 1 or (c.dim() >= inner and c.shape[-inner] == c.numel()) for c in constants)
     return inner > 1 and by_channel and (x.numel() == 0 or x.movedim(2, -1)[0, 0].is_contiguous())
+
+
+def to_channels_last(x: Tensor) -> Tensor:
+    """`x` [T, B, C, ...] with its channels last in memory, copied only if they are not."""
+    return x.movedim(2, -1).contiguous().movedim(-1, 2)
 
 
 def lay_out(x: Tensor, steps: int, constants: list[Tensor], width: int) -> tuple[Tensor, Layout]:
