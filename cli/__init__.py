@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -100,8 +101,8 @@ def _explain(error: Exception) -> None:
         _fail(str(error), 130)
     if isinstance(error, OSError) or kind in ("Diverged", "OutOfMemoryError"):
         _fail(getattr(error, "strerror", None) or str(error), 1)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and ("gloo" in str(error) or kind.startswith("Dist")):
-        _fail("another process of this training has stopped: what it says is why", 1)
+    if os.environ.get("WORLD_SIZE", "1") != "1" and re.search("Connection (closed|reset) by peer", str(error)):
+        _fail(f"another process of this training has stopped, and says why ({str(error).splitlines()[0]})", 1)
     traceback.print_exc()
     _fail(f"{kind}: this is a bug in spikegen; please report it with the lines above", 1)
 

@@ -31,9 +31,14 @@ def command(
         click.echo(dump_config(resolved), nl=False)
         click.echo(summary, err=True)
         return
+    from spikegen.runs import Run
     from spikegen.training import train
 
     file, own = config_file(config), Path("runs", Path(config).stem)
     if resume and file is not None and file.name == "config.yaml":
         own = file.parent
-    click.echo(train(resolved, out or own, resume=resume, device=device))
+    run = Run(out or own)
+    if resume and file is None and not any(key.startswith("scoring") for key in overrides):
+        # A preset says nothing of how this run is to be scored.
+        resolved = resolved.model_copy(update={"scoring": run.config().scoring})
+    click.echo(train(resolved, run.path, resume=resume, device=device))

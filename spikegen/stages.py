@@ -121,14 +121,17 @@ class Stage(nn.Module):
     def _gate_in_scan(self) -> Callable[[Tensor], Tensor] | None:
         """What the scan is to gate its spikes with, which saves passes where there will be a backward; None elsewhere.
 
-        Whoever watches the attention, by hooks, or the neuron, by a `fire` of its own, is to see the spikes: None then.
+        Whoever watches the attention, by hooks, or the neuron, by a `fire` of its own, is to see the spikes: None then,
+        and where the attention's forward is another one's.
         """
         attention = self.attention
         if not torch.is_grad_enabled() or not isinstance(attention, TCJA):
             return None
         pools_spikes = self.pool is not None and not self.pools_currents
-        watched = attention._forward_hooks or attention._forward_pre_hooks or "fire" in vars(self.neuron)
-        return None if pools_spikes or watched else attention.whole_gate
+        hooks = attention._forward_hooks, attention._forward_pre_hooks, attention._backward_hooks
+        watched = any(hooks) or attention._backward_pre_hooks or "fire" in vars(self.neuron)
+        replaced = type(attention) is not TCJA or "forward" in vars(attention)
+        return None if pools_spikes or watched or replaced else attention.whole_gate
 
     def _fire_attended(
         self, current: Tensor, norm: ThresholdNorm | None, attention: MultiAttention

@@ -251,6 +251,17 @@ def test_a_run_is_resumed_by_its_folder_and_gets_back_a_model_that_was_lost(
     assert Run(run).rows() == rows
 
 
+def test_resuming_by_the_preset_keeps_how_the_run_is_scored(spikegen, tmp_path: Path) -> None:
+    run = train(tiny_config(training__epochs=0.2, scoring__num=77), tmp_path / "run", device="cpu")
+    told = [f for f in tiny_flags() if not f.startswith("scoring")]
+    told = [f for k, f in enumerate(told) if f != "--set" or (k + 1 < len(told) and told[k + 1] != "--set")]
+    flags = [*told, "--set", "training.epochs=0.2", "--device", "cpu", "--out", run, "--resume"]
+    assert spikegen("train", "digits", *flags)[0] == 0
+    assert Run(run).config().scoring.num == 77
+    assert spikegen("train", "digits", *flags, "--set", "scoring.num=78")[0] == 0
+    assert Run(run).config().scoring.num == 78
+
+
 def test_an_existing_run_without_resume(spikegen, run: Path) -> None:
     code, _, err = spikegen("train", "digits", *tiny_flags(), "--out", run)
     assert code == 2
