@@ -509,7 +509,7 @@ def test_foreign_weights_are_refused(saved, how):
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 def test_a_missing_file_is_named(saved, name):
     (saved / name).unlink()
-    refused(saved, saved / name)
+    refused(saved, saved, name)
 
 
 @pytest.mark.parametrize(
@@ -545,7 +545,7 @@ def test_a_config_that_is_no_json_object_is_refused(saved, text):
 def test_no_such_model_is_refused(tmp_path):
     refused(tmp_path / "none", tmp_path / "none")
     refused("no_such_model", "no_such_model", "OWNER/NAME")
-    refused(tmp_path, tmp_path / "config.json")
+    refused(tmp_path, tmp_path, "config.json")
     (tmp_path / "file").write_text("x")
     refused(tmp_path / "file", tmp_path / "file")
 
