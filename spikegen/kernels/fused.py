@@ -161,33 +161,42 @@ def _(grad_spikes, grad_rate, gate, x, weight, bias, mean, var, batch, beta, thr
     return layout.empty(x, len(x)), *(torch.empty_like(c) if here else x.new_empty(0) for c, here in parts)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, bias, mean, var, batch, beta, threshold, steps, zero, surrogate, numbers, rated, engine = inputs
+def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """Keep for `gradients` what a scan was given, `inputs` in the order of `_scan`."""
+    x, weight, bias, mean, var, batch, beta, threshold, steps, zero, surrogate, numbers, *_, engine = inputs
     ctx.save_for_backward(x, weight, bias, mean, var, beta, threshold)
-    ctx.rest = batch, steps, zero, surrogate, numbers, engine, rated
+    ctx.rest = batch, steps, zero, surrogate, numbers, engine
     ctx.set_materialize_grads(False)
 
 
-def _gradient(ctx: Any, grad_spikes: Tensor | None, grad_rate: Tensor | None) -> tuple[Tensor | None, ...]:
+def gradients(
+    ctx: Any, grad_spikes: Tensor | None, grad_rate: Tensor | None, gate: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """One for each input of a scan, from those of the spikes, times `gate` if given, and the rate."""
     x, weight, bias, mean, var, beta, threshold = ctx.saved_tensors
-    batch, steps, zero, surrogate, numbers, engine, rated = ctx.rest
+    batch, steps, zero, surrogate, numbers, engine = ctx.rest
     needs = ctx.needs_input_grad
     if grad_spikes is None:
-        if grad_rate is None or not rated:
-            return (None,) * 14
+        if grad_rate is None:
+            return (None,) * len(needs)
         grad_spikes = x.new_zeros(steps, *x.shape[1:])
     grads = scan_backward(
         grad_spikes,
-        grad_rate if rated else None,
-        None,
+        grad_rate,
+        gate,
         *(x, weight, bias, mean, var, batch, beta, threshold),
         *(steps, zero, surrogate, numbers, engine, needs[6] or needs[7]),
     )
     wanted = dict(zip((0, 1, 2, 6, 7), grads, strict=True))
-    return tuple(wanted[i] if i in wanted and needs[i] else None for i in range(14))
+    return tuple(wanted[i] if i in wanted and need else None for i, need in enumerate(needs))
 
 
-_scan.register_autograd(_gradient, setup_context=_keep)
+def _gradient(ctx: Any, grad_spikes: Tensor | None, grad_rate: Tensor | None) -> tuple[Tensor | None, ...]:
+    asked = None if grad_rate is None or grad_rate.dim() < 3 else grad_rate  # not rated: an empty tensor's
+    return gradients(ctx, grad_spikes, asked, None)
+
+
+_scan.register_autograd(_gradient, setup_context=keep)
 
 
 # ---- parts of the above ----------------------------------------------------------------------------------------------

@@ -20,9 +20,8 @@ from spikegen.kernels.surrogates import AnySurrogate
 
 
 def fits(x: Tensor, beta: Tensor, threshold: Tensor) -> bool:
-    """Whether these currents can be scanned so: channels last in memory, constants that differ from one to the next."""
-    differ = any(c.dim() == x.dim() - 1 and c.shape[0] > 1 for c in (beta, threshold))  # from image to image
-    return x.numel() > 0 and not differ and channels_last(x, [beta, threshold])
+    """Whether these currents can be scanned so: channels last in memory, constants that differ between them at most."""
+    return x.numel() > 0 and channels_last(x, [beta, threshold])
 
 
 def gated_scan(
@@ -111,35 +110,13 @@ def _layout(bits: Tensor, gate: Tensor, engine: str) -> Layout:
     return lay_out(bits, len(gate), [], module(engine).TILE)[1]
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, bias, mean, var, batch, beta, threshold, steps, zero, surrogate, numbers, engine = inputs
-    ctx.save_for_backward(x, weight, bias, mean, var, beta, threshold)
-    ctx.rest = batch, steps, zero, surrogate, numbers, engine
-    ctx.set_materialize_grads(False)
-
-
 def _gradient(
     ctx: Any, _: None, grad_rate: Tensor | None, grad: Tensor | None, gate: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    x, weight, bias, mean, var, beta, threshold = ctx.saved_tensors
-    batch, steps, zero, surrogate, numbers, engine = ctx.rest
-    needs = ctx.needs_input_grad
-    if grad is None and grad_rate is None:
-        return (None,) * 13
-    if grad is None:  # only the rate was used
-        grad = x.new_zeros(steps, *x.shape[1:])
-    grads = fused.scan_backward(
-        grad,
-        grad_rate,
-        gate,
-        *(x, weight, bias, mean, var, batch, beta, threshold),
-        *(steps, zero, surrogate, numbers, engine, needs[6] or needs[7]),
-    )
-    wanted = dict(zip((0, 1, 2, 6, 7), grads, strict=True))
-    return tuple(wanted[i] if i in wanted and needs[i] else None for i in range(13))
+    return fused.gradients(ctx, grad, grad_rate, gate)
 
 
-_fire.register_autograd(_gradient, setup_context=_keep)
+_fire.register_autograd(_gradient, setup_context=fused.keep)
 
 
 def _keep_gate(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor, str], output: Tensor) -> None:
