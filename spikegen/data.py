@@ -223,5 +223,5 @@ def default_root() -> Path:
     """Where data and caches lie when not told: $SPIKEGEN_DATA, else ~/.cache/spikegen/data; UserError for a file."""
     root = Path(os.environ.get("SPIKEGEN_DATA") or "~/.cache/spikegen/data").expanduser()
     if root.exists() and not root.is_dir():
-        raise UserError(f"$SPIKEGEN_DATA: {root} is a file; it must be a folder, or one that can be made")
+        raise UserError(f"{root} is a file; it must be the data folder: move it away, or set $SPIKEGEN_DATA")
     return root

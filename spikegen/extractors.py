@@ -97,6 +97,10 @@ def check_extractor(name: str, data: str) -> tuple[str, str]:
         raise UserError(f"extractor {name!r}: {suggest(name, kinds)}")
     if kind == "cnn" and path and data not in ("folder", path):
         raise UserError(f"extractor {name}: the real images are {data}'s, not {path}'s; use {default_extractor(data)}")
+    if kind == "cnn" and (of := path or data) not in CNN_SIZES:
+        sets = ", ".join(CNN_SIZES)
+        right = f"cnn:NAME with one of {sets}, or inception" if data == "folder" else "inception"
+        raise UserError(f"extractor {name}: no classifier for {of}, only for {sets}; use {right}")
     return kind, path
 
 
@@ -164,11 +168,7 @@ def _grey(images: UInt8[Tensor, "N C H W"]) -> UInt8[Tensor, "N 1 H W"]:
 
 
 def load_cnn(data: str) -> SmallCNN:
-    """The shipped classifier of data set `data`, on the CPU; UserError where there is none."""
-    if data not in CNN_SIZES:
-        sets = ", ".join(CNN_SIZES)
-        right = f"cnn:NAME with one of {sets}, or inception" if data == "folder" else "inception"
-        raise UserError(f"extractor cnn: no classifier for {data}, only for {sets}; use {right}")
+    """The shipped classifier of `data`, one of CNN_SIZES, on the CPU."""
     with resources.as_file(resources.files("spikegen") / "assets" / f"cnn_{data}.safetensors") as path:
         state = read_weights(path)
     network = SmallCNN()

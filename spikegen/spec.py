@@ -38,7 +38,8 @@ def _is_number(annotation: Any) -> bool:
     while inside:
         seen.append(inside.pop())
         inside += get_args(seen[-1])
-    return (int in seen or float in seen) and bool not in seen and not _specs(annotation)
+    numbers = any(part in (int, float) or type(part) is int for part in seen)  # of a Literal's the values
+    return numbers and bool not in seen and not _specs(annotation)
 
 
 def default_kind(kind: str) -> BeforeValidator:
