@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from spikegen.attention import TCJASpec
+from spikegen.attention import TCJA, TCJASpec
+from spikegen.kernels import gated_scan
+from spikegen.kernels.engines import fused_engine
 from spikegen.neurons import LIFSpec
 from spikegen.stages import StageSpec, dense_stage, down_stage, fold_time, up_stage
 from spikegen.stepping import Stepper
@@ -143,18 +145,79 @@ def test_attention_gates_the_spikes_and_the_rate_is_the_neurons(name):
     assert rate == same_rate == spikes.mean()
 
 
-@pytest.mark.parametrize("name", ["down", "up1"])
-def test_hooks_of_the_attention_see_its_spikes_and_change_nothing(name):
-    """In training too, where the scan would gate them itself."""
-    (_, shape), stage = stages()[name], stages(TCJASpec().build(6, 4))[name][0].train()
-    x, seen = torch.randn(6, 2, *shape) * 2, []
-    without = stage(x)[0]
-    hook = stage.attention.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0], output)))
-    with_hook = stage(x)[0]
-    hook.remove()
-    assert torch.equal(without, with_hook)
-    assert torch.equal(seen[0][1], without)
-    assert torch.equal(seen[0][0], (without > 0).float())
+class Replaced(TCJA):
+    def forward(self, x, squeezed=None):
+        return x
+
+
+def watch(stage, how, seen):
+    """Have `seen` grow by what passes through the stage's attention or its neuron."""
+    attention, neuron = stage.attention, stage.neuron
+    if how == "forward hook":
+        attention.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    elif how == "forward pre-hook":
+        attention.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    elif how == "backward hook":
+        attention.register_full_backward_hook(lambda module, grads, outputs: seen.append(grads[0]))
+    elif how == "backward pre-hook":
+        attention.register_full_backward_pre_hook(lambda module, outputs: seen.append(outputs[0]))
+    elif how == "forward of its own":
+        forward = attention.forward
+        attention.forward = lambda x, squeezed=None: (seen.append(x), forward(x, squeezed))[1]
+    else:
+        fire = neuron.fire
+        neuron.fire = lambda *arguments: (seen.append(result := fire(*arguments)), result)[1]
+
+
+HOWS = ("forward hook", "forward pre-hook", "backward hook", "backward pre-hook", "forward of its own", "neuron")
+
+
+@pytest.mark.parametrize("how", HOWS)
+def test_whoever_watches_sees_and_changes_nothing(how):
+    """In training too, where the scan would gate its spikes itself."""
+    stage, seen = stages(TCJASpec().build(6, 4))["down"][0].train(), []
+    stage = stage.to(memory_format=torch.channels_last)  # as the scan gates spikes
+    x = (torch.randn(6, 2, 8, 6, 3) * 2).movedim(-1, 2).requires_grad_()
+    loss = lambda: (stage(x)[0] * torch.linspace(-1, 1, 192).view(2, 4, 4, 6)[:, :, :, :3]).sum()  # noqa: E731
+    without = torch.autograd.grad(loss(), [x, *stage.attention.parameters()])
+    watch(stage, how, seen)
+    found = torch.autograd.grad(loss(), [x, *stage.attention.parameters()])
+    assert seen
+    for ours, theirs in zip(found, without, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    if how.startswith("forward"):
+        spikes = seen[0]
+        assert 0 < spikes.mean() < 1
+        assert torch.equal(spikes, (spikes > 0).float())
+
+
+def test_an_attention_whose_forward_is_another_ones_is_called():
+    shape, stage = stages()["down"][1], stages(Replaced(6, 4))["down"][0].train()
+    spikes, rate = stage(torch.randn(6, 2, *shape) * 2)
+    assert rate == spikes.mean()
+    assert torch.equal(spikes, (spikes > 0).float())
+
+
+@pytest.mark.skipif(fused_engine(torch.device("cpu"), torch.float32) is None, reason="no fused engine here")
+def test_the_scan_gates_its_spikes_where_there_will_be_a_backward_and_nowhere_else(monkeypatch):
+    calls, real = [], gated_scan.gated_scan
+    monkeypatch.setattr(gated_scan, "gated_scan", lambda *arguments: (calls.append(0), real(*arguments))[1])
+    pooling = StageSpec(channels=4, stride=1, pool={"size": 2})
+    x = torch.randn(6, 2, 3, 8, 6).movedim(2, -1).contiguous().movedim(-1, 2)
+
+    def last(stage):
+        return stage.to(memory_format=torch.channels_last)
+
+    stage = last(stages(TCJASpec().build(6, 4))["down"][0])
+    pooled = last(down_stage(pooling, 3, NEURON, "auto", TCJASpec().build(6, 4)))
+    plain = last(stages()["down"][0])
+    for module, expected in ((stage, 1), (pooled, 0), (plain, 0)):
+        calls.clear()
+        with torch.no_grad():
+            module(x)
+        assert not calls
+        module(x)
+        assert len(calls) == expected
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
