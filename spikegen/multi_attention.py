@@ -105,14 +105,10 @@ class MultiAttention(nn.Module):
 
         UserError when their steps or channels are not those that the block was built for.
         """
-        if current.shape[0] not in (1, self.num_steps) or current.shape[2] != self.channels:
-            raise UserError(
-                f"attention {self.spec.kind} was built for T={self.num_steps} steps and C={self.channels} channels, "
-                f"but the currents have T={current.shape[0]} and C={current.shape[2]}"
-            )
+        self._check(current)
         if self._in_few_passes(current):
-            parts = ("t", False) if self.in_scan else ("tcs", self.spec.relu)
-            return self._fused(current, self.num_steps, norm, offset, *parts)
+            gates, relu = ("t", False) if self.in_scan else ("tcs", self.spec.relu)
+            return attending.attend(self._scaled(current, self.num_steps, norm, offset, gates), relu)
         dtype = current.dtype
         if norm is not None:
             current = norm.of(current, offset).apply(current)
@@ -126,11 +122,23 @@ class MultiAttention(nn.Module):
             current = current.relu() if self.spec.relu else current
         return current.to(dtype)
 
+    def attended(
+        self,
+        current: Float[Tensor, "t B C *hw"],
+        norm: ThresholdNorm | None,
+        offset: Float[Tensor, " C"] | None,
+    ) -> attending.Attended | None:
+        """`forward`, its products left to the scan that reads them; None where `forward` is to be called instead."""
+        self._check(current)
+        if self.in_scan or self.spec.relu or not self._in_few_passes(current):
+            return None
+        return self._scaled(current, self.num_steps, norm, offset, "tcs")
+
     def gate_step(self, u: Float[Tensor, "B C *hw"]) -> Float[Tensor, "B C *hw"]:
         """One step's membrane U, or, where the placement is post, its current: gated over channels, then space."""
         x = u.unsqueeze(0)
         if self._in_few_passes(x):
-            return self._fused(x, 1, None, None, "cs", self.spec.relu).squeeze(0)
+            return attending.attend(self._scaled(x, 1, None, None, "cs"), self.spec.relu).squeeze(0)
         u = self._over_channels_and_space(x, ()).squeeze(0)
         return u.relu() if self.spec.relu else u
 
@@ -147,18 +155,26 @@ class MultiAttention(nn.Module):
             x = x * self.space(x.mean(dims, keepdim=True), x.amax(dims, keepdim=True))
         return x
 
+    def _check(self, current: Tensor) -> None:
+        if current.shape[0] not in (1, self.num_steps) or current.shape[2] != self.channels:
+            raise UserError(
+                f"attention {self.spec.kind} was built for T={self.num_steps} steps and C={self.channels} channels, "
+                f"but the currents have T={current.shape[0]} and C={current.shape[2]}"
+            )
+
     def _in_few_passes(self, x: Tensor) -> bool:
         return attending.fits(x) and (self.space is None or x.dim() == 5)
 
-    def _fused(
-        self, y: Tensor, steps: int, norm: ThresholdNorm | None, offset: Tensor | None, gates: str, relu: bool
-    ) -> Tensor:
-        """The same in few passes: the norm and the gates t and c are a scale and a shift, which the squeezed follow."""
+    def _scaled(
+        self, y: Tensor, steps: int, norm: ThresholdNorm | None, offset: Tensor | None, gates: str
+    ) -> attending.Attended:
+        """In few passes: the norm and the gates t and c are a scale and a shift, which the squeezed follow."""
         channels, wide = y.shape[2], torch.promote_types(y.dtype, torch.float32)
         one = torch.ones(channels, dtype=wide)
         squeezed = attending.squeeze(y, one if norm is None else one.copysign(norm.weight.detach().to(wide)))
         shape = steps, y.shape[1], channels
-        y, mean, most = squeezed.y.expand(steps, *y.shape[1:]), squeezed.mean.to(wide), squeezed.most
+        y = squeezed.y if len(y) == steps else attending.repeat(squeezed.y, steps)
+        mean, most = squeezed.mean.to(wide), squeezed.most
         scale, shift = (one, 0 * one) if norm is None else norm.of_squeezed(squeezed, offset).affine()
         scale, shift = scale.to(wide).expand(shape), shift.to(wide).expand(shape)
         over = lambda x, how: x if self.spec.per_step else how(x, 0, keepdim=True)  # noqa: E731
@@ -172,7 +188,7 @@ class MultiAttention(nn.Module):
         if self.space is not None and "s" in gates:
             y, means, mosts = attending.squeeze_channels(y, scale, shift)
             places = self.space(over(means, torch.mean), over(mosts, torch.amax)).expand(means.shape)
-        return attending.attend(y, scale, shift, places, relu)
+        return attending.Attended(y, scale, shift, places)
 
     def extra_repr(self) -> str:
         """The spec, for print(model)."""

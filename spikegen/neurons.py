@@ -9,7 +9,17 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from spikegen.kernels import Engine, Norm, Reset, lif_scan, lif_step, modulated_scan, normed_scan
+from spikegen.kernels import (
+    Attended,
+    Engine,
+    Norm,
+    Reset,
+    attended_scan,
+    lif_scan,
+    lif_step,
+    modulated_scan,
+    normed_scan,
+)
 from spikegen.kernels.surrogates import ATan, Surrogate
 from spikegen.spec import Spec, UserError, default_kind
 
@@ -113,6 +123,11 @@ class LIF(nn.Module):
         beta, threshold = self._constants(current[0])
         reset, surrogate = self.spec.reset, self.spec.surrogate
         return normed_scan(current, norm, beta, threshold, reset, surrogate, steps, self.engine, gate)
+
+    def fire_attended(self, current: Attended) -> tuple[Float[Tensor, "T B C *n"], Float[Tensor, "T B C"]]:
+        """`fire` of currents that attention has gated."""
+        beta, threshold = self._constants(current.y[0])
+        return attended_scan(current, beta, threshold, self.spec.reset, self.spec.surrogate, self.engine)
 
     def fire_changed(
         self, current: Float[Tensor, "T B *n"], change: Callable[[Tensor], Tensor]

@@ -121,21 +121,27 @@ class Stage(nn.Module):
     def _gate_in_scan(self) -> Callable[[Tensor], Tensor] | None:
         """What the scan is to gate its spikes with, which saves passes where there will be a backward; None elsewhere.
 
-        Whoever watches the attention, by hooks, or the neuron, by a `fire` of its own, is to see the spikes: None then,
-        and where the attention's forward is another one's.
+        Whoever watches is to see the spikes: None then, too.
         """
         attention = self.attention
-        if not torch.is_grad_enabled() or not isinstance(attention, TCJA):
+        if not torch.is_grad_enabled() or type(attention) is not TCJA or self._watched(attention):
             return None
         pools_spikes = self.pool is not None and not self.pools_currents
-        hooks = attention._forward_hooks, attention._forward_pre_hooks, attention._backward_hooks
-        watched = any(hooks) or attention._backward_pre_hooks or "fire" in vars(self.neuron)
-        replaced = type(attention) is not TCJA or "forward" in vars(attention)
-        return None if pools_spikes or watched or replaced else attention.whole_gate
+        return None if pools_spikes else attention.whole_gate
+
+    def _watched(self, attention: nn.Module) -> bool:
+        """Whether someone else's code is to see, or do, what the attention and the neuron do."""
+        hooked = attention._forward_hooks or attention._forward_pre_hooks
+        hooked = hooked or attention._backward_hooks or attention._backward_pre_hooks
+        return bool(hooked) or "forward" in vars(attention) or "fire" in vars(self.neuron)
 
     def _fire_attended(
         self, current: Tensor, norm: ThresholdNorm | None, attention: MultiAttention
     ) -> tuple[Tensor, Tensor]:
+        if isinstance(self.neuron, LIF) and type(attention) is MultiAttention and not self._watched(attention):
+            attended = attention.attended(current, norm, self.bias)
+            if attended is not None:
+                return self.neuron.fire_attended(attended)
         current = attention(current, norm, self.bias)
         if attention.in_scan:
             spikes = self.neuron.fire_changed(current, attention.gate_step)

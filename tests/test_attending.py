@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spikegen.kernels import attending
+from spikegen.kernels import Attended, attended_scan, attending, lif_scan
+from spikegen.kernels.surrogates import ATan
 from spikegen.multi_attention import MASpec
 from spikegen.neurons import LIFSpec
 from spikegen.stages import Stage, StageSpec, down_stage
@@ -62,8 +63,9 @@ def test_each_pass_is_its_equation(dtype: torch.dtype, shape: tuple[int, ...], o
 
     def fused() -> tuple[Tensor, ...]:
         squeezed = attending.squeeze(y, sign)
-        x, mean, most = attending.squeeze_channels(squeezed.y.expand(steps, *y.shape[1:]), scale, shift)
-        return *squeezed[1:], mean, most, attending.attend(x, scale, shift, gate, relu)
+        x = attending.repeat(squeezed.y, steps) if once else squeezed.y
+        x, mean, most = attending.squeeze_channels(x, scale, shift)
+        return *squeezed[1:], mean, most, attending.attend(Attended(x, scale, shift, gate), relu)
 
     def plain() -> tuple[Tensor, ...]:
         z = scaled(y.expand(steps, *y.shape[1:]), scale, shift)
@@ -78,6 +80,41 @@ def test_each_pass_is_its_equation(dtype: torch.dtype, shape: tuple[int, ...], o
     grads = [torch.autograd.grad(parts, inputs, given) for parts in (found, expected)]
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b, **tolerance(dtype if a is grads[0][0] else wide))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [*SHAPES, (9, 2, 3, 7, 5)])
+@pytest.mark.parametrize("reset", ["zero", "subtract"])
+@pytest.mark.parametrize("spaced", [False, True])
+@pytest.mark.parametrize("once", [False, True])
+@pytest.mark.parametrize("learnt", [False, True])
+def test_a_scan_of_gated_currents_is_that_of_their_product(
+    dtype: torch.dtype, shape: tuple[int, ...], reset: Any, spaced: bool, once: bool, learnt: bool
+) -> None:
+    steps, batch, channels, height, width = shape
+    wide = torch.promote_types(dtype, torch.float32)
+    y = currents(1 if once else steps, *shape[1:], dtype=dtype)
+    scale, shift = (torch.randn(steps, batch, channels, dtype=wide).requires_grad_() for _ in range(2))
+    gate = torch.rand(steps, batch, 1, height, width, dtype=wide).requires_grad_() if spaced else None
+    beta, threshold = torch.rand(channels, 1, 1, dtype=wide), torch.rand((), dtype=wide) + 0.1
+    inputs = [y, scale, shift, *([] if gate is None else [gate])]
+    if learnt:
+        inputs += [beta.requires_grad_(), threshold.requires_grad_()]
+    x = y.expand(steps, *y.shape[1:])
+    found = attended_scan(Attended(x, scale, shift, gate), beta, threshold, reset, ATan())
+    product = scaled(x, scale, shift) * (1 if gate is None else gate)
+    spikes = lif_scan(product, beta, threshold, reset, ATan(), "torch")
+    expected = spikes.to(dtype), spikes.mean((3, 4))
+    assert torch.equal(found[0], expected[0])
+    torch.testing.assert_close(found[1], expected[1])
+    for parts in ((0,), (1,), (0, 1)):
+        given = [torch.randn_like(expected[k]) for k in parts]
+        few, many = (
+            torch.autograd.grad([whole[k] for k in parts], inputs, given, retain_graph=True)
+            for whole in (found, expected)
+        )
+        for a, b in zip(few, many, strict=True):
+            torch.testing.assert_close(a, b, **tolerance(dtype))
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from spikegen.kernels import analytic, fused, gated_scan, modulated, reference
+from spikegen.kernels import analytic, attending, fused, gated_scan, modulated, reference
+from spikegen.kernels import attended_scan as attended
+from spikegen.kernels.attending import Attended
 from spikegen.kernels.engines import ENGINES, Engine, choose
 from spikegen.kernels.gating import gated
 from spikegen.kernels.norms import Norm, moments
@@ -15,9 +17,11 @@ from spikegen.kernels.surrogates import AnySurrogate
 
 __all__ = [
     "ENGINES",
+    "Attended",
     "Engine",
     "Norm",
     "Reset",
+    "attended_scan",
     "choose",
     "lif_scan",
     "lif_step",
@@ -83,6 +87,22 @@ def normed_scan(
     spikes = PLAIN[chosen](x, beta, threshold, reset, surrogate)
     rate = spikes.flatten(3).mean(-1, dtype=beta.dtype) if y.dim() > 3 else spikes.to(beta.dtype)
     return spikes.to(y.dtype), rate
+
+
+def attended_scan(
+    x: Attended,
+    beta: Float[Tensor, "*b"],
+    threshold: Float[Tensor, "*h"],
+    reset: Reset,
+    surrogate: AnySurrogate,
+    engine: Engine = "auto",
+) -> tuple[Float[Tensor, "T B C *n"], Float[Tensor, "T B C"]]:
+    """`lif_scan` of currents that attention has gated: (spikes in the dtype of Y, their mean over space)."""
+    beta, threshold = _wide(x.y, beta, threshold)
+    chosen = choose(engine, x.y.device, x.y.dtype, len(x.y))
+    if attended.fits(x, beta, threshold, chosen):
+        return attended.scan(x, beta, threshold, reset, surrogate, chosen)
+    return normed_scan(attending.attend(x, False), None, beta, threshold, reset, surrogate, len(x.y), engine)
 
 
 def modulated_scan(

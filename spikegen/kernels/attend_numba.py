@@ -9,35 +9,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import carray, njit, types
+from numba import carray, types
 from torch import Tensor
 
 from spikegen.kernels.layout import Layout
-from spikegen.kernels.numba_tools import ITEM, ONE, addresses, bare, compiled, load, pointer, run, store
+from spikegen.kernels.numba_tools import ITEM, ONE, addresses, compiled, largest, load, pointer, run, store, total
 
 MAX_CHANNELS = 2048
 """What the scratch holds."""
-
-
-def _reducing(function: Any) -> Any:
-    """A sum or a maximum whose order is the compiler's, so that it uses whole vectors."""
-    return njit(error_model="numpy", forceinline=True, fastmath={"reassoc", "nnan", "nsz"})(bare(function))
-
-
-@_reducing
-def _total(values: Any, n: int, nil: Any) -> Any:
-    total = nil
-    for i in range(n):
-        total += values[i]
-    return total
-
-
-@_reducing
-def _largest(values: Any, n: int) -> Any:
-    most = values[0]
-    for i in range(1, n):
-        most = max(most, values[i])
-    return most
 
 
 def _types(dtype: torch.dtype) -> tuple[Any, Any, int, Any, int]:
@@ -144,8 +123,8 @@ def _channels(dtype: torch.dtype) -> Any:
                 x = carray(pointer(a[7] + (start + p * C) * size, item), C)
                 for i in range(C):
                     values[i] = load(x[i]) * w[i] + w[W + i]
-                mean[p] = _total(values, C, nil) / wide(C)
-                most[p] = _largest(values, C)
+                mean[p] = total(values, C, nil) / wide(C)
+                most[p] = largest(values, C)
 
     return compiled(channels)
 
@@ -180,7 +159,7 @@ def _channels_backward(dtype: torch.dtype) -> Any:
                 largest = most[p]
                 for i in range(C):
                     first[i] = unit if load(x[i]) * w[i] + w[W + i] == largest else nil
-                share, each = grad_most[p] / _total(first, C, nil), grad_mean[p] / wide(C)
+                share, each = grad_most[p] / total(first, C, nil), grad_mean[p] / wide(C)
                 for i in range(C):
                     grad = each + share * first[i]
                     w[2 * W + i] += grad * load(x[i])
@@ -271,13 +250,39 @@ def _attend_backward(dtype: torch.dtype, spaced: bool, relu: bool) -> Any:
                     w[3 * W + i] += grad
                     out[i] = store(grad * w[i], like)
                 if spaced:
-                    grad_gates[p] = _total(products, C, nil)
+                    grad_gates[p] = total(products, C, nil)
             for k in range(2):
                 sums = carray(pointer(a[14 + k] + job * C * wide_size, wide), C)
                 for i in range(C):
                     sums[i] = w[(2 + k) * W + i]
 
     return compiled(attend_backward)
+
+
+@functools.cache
+def _over_steps(dtype: torch.dtype) -> Any:
+    item, wide, _, wide_np, size = _types(dtype)
+    like = ONE[dtype]
+    W = MAX_CHANNELS
+
+    def over_steps(begin, end, context):  # type: ignore[no-untyped-def]
+        a = carray(context, 20)
+        T, R, P, C = a[0], a[1], a[2], a[3]
+        w = np.empty(W, wide_np)
+        nil = carray(pointer(a[19], wide), 2)[1]
+        for job in range(begin, end):
+            for p in range(P):
+                for i in range(C):
+                    w[i] = nil
+                for t in range(T):
+                    g = carray(pointer(a[6] + (((t * R + job) * P + p) * C) * size, item), C)
+                    for i in range(C):
+                        w[i] += load(g[i])
+                out = carray(pointer(a[7] + (job * P + p) * C * size, item), C)
+                for i in range(C):
+                    out[i] = store(w[i], like)
+
+    return compiled(over_steps)
 
 
 # ---- calling them: all but Y is dense, [T, B, C] or [T, B, P], and wide, where nothing else is said ------------------
@@ -327,8 +332,15 @@ def attend_backward(
     _each_image(function, layout, y, [None, y, scale, shift, gate, out[0], grad, *out[1:]])
 
 
-def _each_image(function: Any, layout: Layout, y: Tensor, tensors: list[Tensor | None]) -> None:
+def over_steps(layout: Layout, grad: Tensor, out: Tensor) -> None:
+    """Write the sum over all steps, dense as `grad` is."""
+    _each_image(_over_steps(grad.dtype), layout, grad, [grad, out], layout.rows)
+
+
+def _each_image(
+    function: Any, layout: Layout, y: Tensor, tensors: list[Tensor | None], jobs: int | None = None
+) -> None:
     numbers = torch.tensor([1, 0], dtype=torch.promote_types(y.dtype, torch.float32))
     arguments = [*layout.numbers, *addresses(tensors)]
     arguments += [0] * (19 - len(arguments)) + addresses([numbers])
-    run(function, layout.steps * layout.rows, arguments)
+    run(function, layout.steps * layout.rows if jobs is None else jobs, arguments)

@@ -29,6 +29,15 @@ class Squeezed(NamedTuple):
     """The largest of sign Y, times the sign: what scale Y + shift is largest at."""
 
 
+class Attended(NamedTuple):
+    """Currents X = gate (scale Y + shift), as yet not multiplied."""
+
+    y: Float[Tensor, "T B C *hw"]
+    scale: Float[Tensor, "T B C"]
+    shift: Float[Tensor, "T B C"]
+    gate: Float[Tensor, "T B 1 *hw"] | None
+
+
 def fits(y: Float[Tensor, "T B C *hw"]) -> bool:
     """Whether the functions below take `y`: images, channels last, where the device's fused engine has such passes."""
     return _numba(y) and y.shape[2] <= _passes().MAX_CHANNELS and y[0, 0].movedim(0, -1).is_contiguous()
@@ -39,6 +48,12 @@ def squeeze(y: Float[Tensor, "T B C *hw"], sign: Float[Tensor, " C"]) -> Squeeze
     return Squeezed(*_Squeeze.apply(y, sign))
 
 
+def repeat(y: Float[Tensor, "1 B C *hw"], steps: int) -> Float[Tensor, "T B C *hw"]:
+    """Y for each of the steps, without a copy. `expand` is that, but torch takes long to add the gradients up."""
+    result: Tensor = _Repeat.apply(y, steps)
+    return result
+
+
 def squeeze_channels(
     y: Float[Tensor, "T B C *hw"], scale: Float[Tensor, "T B C"], shift: Float[Tensor, "T B C"]
 ) -> tuple[Float[Tensor, "T B C *hw"], Float[Tensor, "T B 1 *hw"], Float[Tensor, "T B 1 *hw"]]:
@@ -47,17 +62,16 @@ def squeeze_channels(
     return result
 
 
-def attend(
-    y: Float[Tensor, "T B C *hw"],
-    scale: Float[Tensor, "T B C"],
-    shift: Float[Tensor, "T B C"],
-    gate: Float[Tensor, "T B 1 *hw"] | None,
-    relu: bool,
-) -> Float[Tensor, "T B C *hw"]:
-    """gate (scale Y + shift), its positive part where `relu`, in the dtype of Y."""
-    gate = None if gate is None else gate.to(scale.dtype).contiguous()
-    result: Tensor = _Attend.apply(y, scale.contiguous(), shift.contiguous(), gate, relu)
+def attend(x: Attended, relu: bool) -> Float[Tensor, "T B C *hw"]:
+    """X, its positive part where `relu`, in the dtype of Y."""
+    result: Tensor = _Attend.apply(x.y, *dense(x), relu)
     return result
+
+
+def dense(x: Attended) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Scale, shift and gate as the passes read them."""
+    gate = None if x.gate is None else x.gate.to(x.scale.dtype).contiguous()
+    return x.scale.contiguous(), x.shift.contiguous(), gate
 
 
 def convolve(
@@ -92,6 +106,21 @@ class _Squeeze(torch.autograd.Function):
         out = layout.empty(y, len(y))
         given = tuple(k.to(most.dtype).contiguous() for k in numbers)
         _passes().squeeze_backward(layout, y, layout.dense(grad.to(y.dtype)), given, out)
+        return out, None
+
+
+class _Repeat(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, steps: int) -> Tensor:
+        return y.expand(steps, *y.shape[1:])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        layout = _layout(grad)
+        grad = layout.dense(grad)
+        out = layout.empty(grad, 1)
+        _passes().over_steps(layout, grad, out)
         return out, None
 
 

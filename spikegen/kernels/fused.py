@@ -63,7 +63,7 @@ def run(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """The forward pass without a gradient, the spikes in `dtype`, in uint8 a bit each; see `scan`."""
-    x, layout, constants = _arrange(x, norm, beta, threshold, steps, engine)
+    x, layout, constants = arrange(x, norm, beta, threshold, steps, engine)
     spikes, rate = outputs(x, layout, rated, dtype)
     if x.numel():
         counts = constants.new_empty(steps, layout.rows, layout.lanes) if rated and layout.tile else None
@@ -107,7 +107,7 @@ def scan_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weight, bias, beta, threshold from that of the spikes, times `gate` if given, and of the rate."""
     norm = norm_of(weight, bias, mean, var, batch)
-    fitted, layout, constants = _arrange(x, norm, beta, threshold, steps, engine)
+    fitted, layout, constants = arrange(x, norm, beta, threshold, steps, engine)
     out = layout.empty(x, len(x))
     if not x.numel():
         wanted = weight, bias, *((beta, threshold) if constants_too else (None, None))
@@ -220,7 +220,7 @@ def layout_of(x: Tensor, norm: Norm | None, beta: Tensor, threshold: Tensor, ste
     return lay_out(x, steps, _spread(x, norm, beta, threshold), module(engine).TILE)[1]
 
 
-def _arrange(
+def arrange(
     x: Tensor, norm: Norm | None, beta: Tensor, threshold: Tensor, steps: int, engine: str
 ) -> tuple[Tensor, Layout, Tensor]:
     """The currents, their layout, and the constants [4, L]."""

@@ -17,6 +17,9 @@ from torch import Tensor
 WIDTH = 512
 """Lanes of a block, and that places are merged up to: many vectors, but few enough to stay in the cache."""
 
+ARGUMENTS = 22
+"""That a pass is given at most."""
+
 CHUNKS = 16
 """Parts that the rows are cut into at most. Not a function of the threads, so that sums do not depend on them."""
 
@@ -76,6 +79,45 @@ def bare(function: Callable[..., Any]) -> Any:
     return inspect.unwrap(function)
 
 
+def _reducing(function: Any) -> Any:
+    """A sum or a maximum whose order is the compiler's, so that it uses whole vectors."""
+    return njit(error_model="numpy", forceinline=True, fastmath={"reassoc", "nnan", "nsz"})(bare(function))
+
+
+@_reducing
+def total(values: Any, n: int, nil: Any) -> Any:
+    """The sum of the first n."""
+    sum_of_all = nil
+    for i in range(n):
+        sum_of_all += values[i]
+    return sum_of_all
+
+
+@_reducing
+def largest(values: Any, n: int) -> Any:
+    """The largest of the first n."""
+    most = values[0]
+    for i in range(1, n):
+        most = max(most, values[i])
+    return most
+
+
+@inlined
+def by_pixel(values: Any, gates: Any, channels: int) -> None:
+    """Multiply the channels of every pixel by its gate."""
+    for k in range(len(gates)):
+        gate = gates[k]
+        for i in range(channels):
+            values[k * channels + i] *= gate
+
+
+@inlined
+def over_channels(values: Any, out: Any, channels: int, nil: Any) -> None:
+    """Write the sum over the channels of every pixel."""
+    for k in range(len(out)):
+        out[k] = total(values[k * channels : (k + 1) * channels], channels, nil)
+
+
 # ---- the passes, as functions of (first item, last item, arguments) for torch's thread pool --------------------------
 
 SIGNATURE = types.void(types.int64, types.int64, types.CPointer(types.int64))
@@ -106,8 +148,8 @@ def pool() -> Any:
 
 
 def run(function: Any, jobs: int, arguments: list[int]) -> None:
-    """Let torch's threads share the jobs of a pass, which finds the arguments, at most 20, at its third address."""
-    context = np.array(arguments + [0] * (20 - len(arguments)), np.int64)
+    """Let torch's threads share the jobs of a pass, which finds the arguments at its third address."""
+    context = np.array(arguments + [0] * (ARGUMENTS - len(arguments)), np.int64)
     if jobs and pool()(0, jobs, 1, function.address, context.ctypes.data):
         raise RuntimeError("torch's thread pool failed")
 

@@ -1,0 +1,219 @@
+"""The compiled pass of engine `numba` that goes back through the scan."""
+
+import functools
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from numba import carray, types
+
+from spikegen.kernels.numba_tools import (
+    ARGUMENTS,
+    ITEM,
+    ONE,
+    WIDTH,
+    by_pixel,
+    compiled,
+    inlined,
+    load,
+    over_channels,
+    pointer,
+    store,
+)
+
+
+@inlined
+def _derivative(kind: int, v: float, one: float, a: float, b: float, c: float) -> float:
+    """dS/dV of the surrogates; `kind` and the constants are their `compiled` form."""
+    if kind == 0:  # atan
+        scaled = v * b
+        return a / (one + scaled * scaled)
+    if kind == 1:  # fast sigmoid
+        slow = one + abs(v) * a
+        return one / (slow * slow)
+    if kind == 2:  # sigmoid
+        s = one / (one + math.exp(-v * a))
+        return s * (one - s) * a
+    if kind == 3:  # triangle
+        return max(a - abs(v), one - one) * b
+    if kind == 4:  # rectangle
+        return a if abs(v - c) < b else one - one
+    return one  # straight through
+
+
+@functools.cache
+def backward_pass(
+    dtype: torch.dtype,
+    zero: bool,
+    affine: bool,
+    rated: bool,
+    gated: bool,
+    kind: int,
+    write: bool,
+    sums: bool,
+    constants_too: bool,
+    once: bool,
+    scaled: bool,
+    placed: bool,
+) -> Any:
+    """The pass for these; see `lif_numba.backward`, which calls it."""
+    item, one, size = ITEM[dtype], ONE[dtype], dtype.itemsize
+    wide, wide_size = (types.float64, 8) if dtype == torch.float64 else (types.float32, 4)
+    wide_np = np.float64 if dtype == torch.float64 else np.float32
+    like = one
+    W = WIDTH
+    # Places in the scratch, in widths. All in one array, and the work cut into short loops over few pointers: LLVM
+    # vectorises a loop only where it can tell at once that what it writes is not what it reads.
+    SCALE, SHIFT, BETA, THRESHOLD, K1, K2, STATE, TOTAL, SUM_X, SUM, SUM_BETA, SUM_THRESHOLD = range(12)
+    G, X, OUT, CURRENT, ALL = range(12, 17)
+
+    def backward(begin, end, context):  # type: ignore[no-untyped-def]
+        a = carray(context, ARGUMENTS)
+        T, R, P, L, time_stride, row_stride, blocks, chunk = a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7]
+        constants = carray(pointer(a[8], wide), (6, L))
+        tile = a[21]
+        image_sums = np.empty(2 * T * W if scaled else 1, wide_np)  # dL/dscale, dL/dshift of an image at every step
+        w = np.empty(ALL * W, wide_np)
+        mems = np.empty((T + 1) * W, wide_np)  # U[-1] = 0, U[0], ..., U[T-1]
+        numbers = carray(pointer(a[15], wide), 6)
+        unit, c0, c1, c2, nil = numbers[0], numbers[1], numbers[2], numbers[3], numbers[5]
+        for job in range(begin, end):
+            first = (job % blocks) * W
+            n = min(W, L - first)
+            for k in range(6):
+                for i in range(n):
+                    w[k * W + i] = constants[k, first + i]
+            for i in range(SUM_X * W, G * W):
+                w[i] = nil
+            for i in range(n):
+                mems[i] = nil
+            for r in range((job // blocks) * chunk, min(R, (job // blocks + 1) * chunk)):
+                if scaled:
+                    for i in range(2 * T * W):
+                        image_sums[i] = nil
+                for p in range(P):
+                    place = p * L + first
+                    # ---- the membranes again, from the currents
+                    for i in range(n):
+                        w[STATE * W + i] = nil
+                        w[TOTAL * W + i] = nil
+                    for t in range(T):
+                        mem_t = mems[(t + 1) * W : (t + 2) * W]
+                        x = carray(pointer(a[9] + (t * time_stride + r * row_stride + place) * size, item), n)
+                        if scaled:
+                            scale = carray(pointer(a[17] + ((t * R + r) * L + first) * wide_size, wide), n)
+                            shift = carray(pointer(a[17] + (((T + t) * R + r) * L + first) * wide_size, wide), n)
+                            for i in range(n):
+                                w[CURRENT * W + i] = load(x[i]) * scale[i] + shift[i]
+                        if placed:
+                            gates = carray(pointer(a[18] + ((t * R + r) * P + p) * tile * wide_size, wide), tile)
+                            by_pixel(w[CURRENT * W : ALL * W], gates, n // tile)
+                        for i in range(n):
+                            threshold = w[THRESHOLD * W + i]
+                            current = w[CURRENT * W + i] if scaled else load(x[i])
+                            if affine:
+                                current = current * w[SCALE * W + i] + w[SHIFT * W + i]
+                            before = w[STATE * W + i]
+                            mem = before * w[BETA * W + i] + current
+                            if not zero:
+                                mem = mem - (threshold if before > threshold else nil)
+                            mem_t[i] = mem
+                            if zero:
+                                mem = nil if mem > threshold else mem
+                            w[STATE * W + i] = mem
+                    # ---- dL/dU, from the last step to the first; STATE is what comes from U[t+1]
+                    for i in range(n):
+                        w[STATE * W + i] = nil
+                    for t in range(T - 1, -1, -1):
+                        g = carray(pointer(a[12] + ((t * R + r) * P * L + place) * size, item), n)
+                        for i in range(n):
+                            w[G * W + i] = load(g[i])
+                        if gated:
+                            gates = carray(pointer(a[11] + ((t * R + r) * L + first) * wide_size, wide), n)
+                            for i in range(n):
+                                w[G * W + i] *= gates[i]
+                        if rated:
+                            share = carray(pointer(a[13] + ((t * R + r) * L + first) * wide_size, wide), n)
+                            for i in range(n):
+                                w[G * W + i] += share[i]
+                        if (affine or scaled) and not once:
+                            x = carray(pointer(a[9] + (t * time_stride + r * row_stride + place) * size, item), n)
+                            for i in range(n):
+                                w[X * W + i] = load(x[i])
+                        mem_before, mem_t = mems[t * W : (t + 1) * W], mems[(t + 1) * W : (t + 2) * W]
+                        for i in range(n):
+                            threshold = w[THRESHOLD * W + i]
+                            height = mem_t[i] - threshold
+                            fire = _derivative(kind, height, unit, c0, c1, c2) * w[G * W + i]
+                            grad = fire + w[STATE * W + i]
+                            before = mem_before[i]
+                            fired = before > threshold
+                            live = (nil if fired else grad) if zero else grad
+                            w[STATE * W + i] = live * w[BETA * W + i]
+                            if constants_too:
+                                w[SUM_BETA * W + i] += live * before
+                                w[SUM_THRESHOLD * W + i] -= fire if zero else fire + (grad if fired else nil)
+                            if once:
+                                w[TOTAL * W + i] += grad
+                            elif affine:
+                                value = w[X * W + i]
+                                if sums:
+                                    w[SUM_X * W + i] += grad * value
+                                    w[SUM * W + i] += grad
+                                if write:
+                                    w[OUT * W + i] = grad * w[SCALE * W + i] + w[K1 * W + i] + w[K2 * W + i] * value
+                            else:
+                                w[OUT * W + i] = grad
+                        if placed:
+                            scale = carray(pointer(a[17] + ((t * R + r) * L + first) * wide_size, wide), n)
+                            shift = carray(pointer(a[17] + (((T + t) * R + r) * L + first) * wide_size, wide), n)
+                            for i in range(n):
+                                w[CURRENT * W + i] = w[OUT * W + i] * (w[X * W + i] * scale[i] + shift[i])
+                            at = ((job % blocks * T + t) * R + r) * P + p
+                            sums_of_places = carray(pointer(a[20] + at * tile * wide_size, wide), tile)
+                            over_channels(w[CURRENT * W : ALL * W], sums_of_places, n // tile, nil)
+                            gates = carray(pointer(a[18] + ((t * R + r) * P + p) * tile * wide_size, wide), tile)
+                            by_pixel(w[OUT * W : CURRENT * W], gates, n // tile)
+                        if scaled:
+                            scale = carray(pointer(a[17] + ((t * R + r) * L + first) * wide_size, wide), n)
+                            of_scale = image_sums[t * W : (t + 1) * W]
+                            of_shift = image_sums[(T + t) * W : (T + t + 1) * W]
+                            for i in range(n):
+                                grad = w[OUT * W + i]
+                                of_scale[i] += grad * w[X * W + i]
+                                of_shift[i] += grad
+                            for i in range(n):
+                                w[OUT * W + i] *= scale[i]
+                        if write and not once:
+                            out = carray(pointer(a[14] + ((t * R + r) * P * L + place) * size, item), n)
+                            for i in range(n):
+                                out[i] = store(w[OUT * W + i], like)
+                    if once:
+                        x = carray(pointer(a[9] + (r * row_stride + place) * size, item), n)
+                        for i in range(n):
+                            w[X * W + i] = load(x[i])
+                        for i in range(n):
+                            grad = w[TOTAL * W + i]
+                            if affine:
+                                value = w[X * W + i]
+                                w[SUM_X * W + i] += grad * value
+                                w[SUM * W + i] += grad
+                                grad = grad * w[SCALE * W + i] + w[K1 * W + i] + w[K2 * W + i] * value
+                            w[OUT * W + i] = grad
+                        if write:
+                            out = carray(pointer(a[14] + (r * P * L + place) * size, item), n)
+                            for i in range(n):
+                                out[i] = store(w[OUT * W + i], like)
+                if scaled:
+                    for k in range(2 * T):
+                        total = carray(pointer(a[19] + ((k * R + r) * L + first) * wide_size, wide), n)
+                        for i in range(n):
+                            total[i] = image_sums[k * W + i]
+            if sums:
+                for k in range(4):
+                    total = carray(pointer(a[16] + ((job // blocks * 4 + k) * L + first) * wide_size, wide), n)
+                    for i in range(n):
+                        total[i] = w[(SUM_X + k) * W + i]
+
+    return compiled(backward)
