@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import hashlib
 import inspect
 from collections.abc import Callable
 from pathlib import Path
@@ -69,6 +70,22 @@ def store(_context: Any, value: Any, like: Any) -> Any:
     return like(value, like), generate
 
 
+@intrinsic
+def _ordered(_context: Any, value: Any) -> Any:
+    """A float as an integer that is larger where it is; of that integer, the float again."""
+    floats = {types.float32: types.int32, types.float64: types.int64}
+    result = (floats | {i: f for f, i in floats.items()})[value]
+
+    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        word = ir.IntType(value.bitwidth)
+        bits = builder.bitcast(args[0], word)
+        sign = builder.ashr(bits, ir.Constant(word, value.bitwidth - 1))
+        flipped = builder.xor(bits, builder.and_(sign, ir.Constant(word, 2 ** (value.bitwidth - 1) - 1)))
+        return builder.bitcast(flipped, context.get_value_type(result))
+
+    return result(value), generate
+
+
 def inlined(function: Callable[..., Any]) -> Any:
     """A function for the passes to call."""
     return njit(error_model="numpy", forceinline=True)(bare(function))
@@ -80,8 +97,8 @@ def bare(function: Callable[..., Any]) -> Any:
 
 
 def _reducing(function: Any) -> Any:
-    """A sum or a maximum whose order is the compiler's, so that it uses whole vectors."""
-    return njit(error_model="numpy", forceinline=True, fastmath={"reassoc", "nnan", "nsz"})(bare(function))
+    """A sum whose order is the compiler's, so that it uses whole vectors."""
+    return njit(error_model="numpy", forceinline=True, fastmath={"reassoc"})(bare(function))
 
 
 @_reducing
@@ -93,13 +110,13 @@ def total(values: Any, n: int, nil: Any) -> Any:
     return sum_of_all
 
 
-@_reducing
+@inlined
 def largest(values: Any, n: int) -> Any:
-    """The largest of the first n."""
-    most = values[0]
+    """The largest of the first n. LLVM takes the largest of many integers at once, but of one float after another."""
+    most = _ordered(values[0])
     for i in range(1, n):
-        most = max(most, values[i])
-    return most
+        most = max(most, _ordered(values[i]))
+    return _ordered(most)
 
 
 @inlined
@@ -120,6 +137,7 @@ def over_channels(values: Any, out: Any, channels: int, nil: Any) -> None:
 
 # ---- the passes, as functions of (first item, last item, arguments) for torch's thread pool --------------------------
 
+_VERSION = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
 SIGNATURE = types.void(types.int64, types.int64, types.CPointer(types.int64))
 ITEM = {torch.bfloat16: types.uint16, torch.float32: types.float32, torch.float64: types.float64}
 ONE = {torch.bfloat16: np.uint16(0x3F80), torch.float32: np.float32(1), torch.float64: np.float64(1)}
@@ -127,10 +145,13 @@ ONE = {torch.bfloat16: np.uint16(0x3F80), torch.float32: np.float32(1), torch.fl
 
 def compiled(function: Callable[..., None]) -> Any:
     """A pass, a function of (first item, last item, arguments) for torch's thread pool."""
+    function = bare(function)
+    # numba finds what it has kept by a function's name and the content of its file; this file's is inlined there.
+    function.__qualname__ += f".{_VERSION}"
     try:
-        return cfunc(SIGNATURE, cache=True, error_model="numpy")(bare(function))
+        return cfunc(SIGNATURE, cache=True, error_model="numpy")(function)
     except (RuntimeError, OSError):  # no folder to keep it in can be written: compiled for this process alone
-        return cfunc(SIGNATURE, error_model="numpy")(bare(function))
+        return cfunc(SIGNATURE, error_model="numpy")(function)
 
 
 # ---- calling them ----------------------------------------------------------------------------------------------------
