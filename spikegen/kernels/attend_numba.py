@@ -13,7 +13,7 @@ from numba import carray, types
 from torch import Tensor
 
 from spikegen.kernels.layout import Layout
-from spikegen.kernels.numba_tools import ITEM, ONE, addresses, compiled, largest, load, pointer, run, store, total
+from spikegen.kernels.numba_tools import ITEM, ONE, addresses, compiled, load, ordered, pointer, reducing, run, store
 
 MAX_CHANNELS = 2048
 """What the scratch holds."""
@@ -100,16 +100,44 @@ def _squeeze_backward(dtype: torch.dtype) -> Any:
     return compiled(squeeze_backward)
 
 
+@reducing
+def _sum_and_largest(x, w, n, nil, least):  # type: ignore[no-untyped-def]
+    total, most = nil, least
+    for i in range(n):
+        value = load(x[i]) * w[i] + w[MAX_CHANNELS + i]
+        total += value
+        most = max(most, ordered(value))
+    return total, most
+
+
+@reducing
+def _ties(x, w, n, largest, unit, nil):  # type: ignore[no-untyped-def]
+    ties = nil
+    for i in range(n):
+        ties += unit if load(x[i]) * w[i] + w[MAX_CHANNELS + i] == largest else nil
+    return ties
+
+
+@reducing
+def _total(values: Any, n: int, nil: Any) -> Any:
+    total = nil
+    for i in range(n):
+        total += values[i]
+    return total
+
+
 @functools.cache
 def _channels(dtype: torch.dtype) -> Any:
     item, wide, wide_size, wide_np, size = _types(dtype)
+    least: Any = np.iinfo(np.int64).min if dtype == torch.float64 else np.int32(np.iinfo(np.int32).min)
     W = MAX_CHANNELS
 
     def channels(begin, end, context):  # type: ignore[no-untyped-def]
         a = carray(context, 20)
         R, P, C, time_stride, row_stride = a[1], a[2], a[3], a[4], a[5]
-        w = np.empty(3 * W, wide_np)  # scale, shift, values
-        nil = carray(pointer(a[19], wide), 2)[1]
+        w = np.empty(2 * W, wide_np)  # scale, shift
+        numbers = carray(pointer(a[19], wide), 2)
+        share, nil = numbers[0] / wide(C), numbers[1]
         for job in range(begin, end):
             start = (job // R) * time_stride + (job % R) * row_stride
             for k in range(2):
@@ -118,13 +146,11 @@ def _channels(dtype: torch.dtype) -> Any:
                     w[k * W + i] = given[i]
             mean = carray(pointer(a[10] + job * P * wide_size, wide), P)
             most = carray(pointer(a[11] + job * P * wide_size, wide), P)
-            values = w[2 * W : 3 * W]
             for p in range(P):
                 x = carray(pointer(a[7] + (start + p * C) * size, item), C)
-                for i in range(C):
-                    values[i] = load(x[i]) * w[i] + w[W + i]
-                mean[p] = total(values, C, nil) / wide(C)
-                most[p] = largest(values, C)
+                total, key = _sum_and_largest(x, w, C, nil, least)
+                mean[p] = total * share
+                most[p] = ordered(key)
 
     return compiled(channels)
 
@@ -138,7 +164,7 @@ def _channels_backward(dtype: torch.dtype) -> Any:
     def channels_backward(begin, end, context):  # type: ignore[no-untyped-def]
         a = carray(context, 20)
         R, P, C, time_stride, row_stride = a[1], a[2], a[3], a[4], a[5]
-        w = np.empty(5 * W, wide_np)  # scale, shift, their gradients, which are the largest
+        w = np.empty(4 * W, wide_np)  # scale, shift, their gradients
         numbers = carray(pointer(a[19], wide), 2)
         unit, nil = numbers[0], numbers[1]
         for job in range(begin, end):
@@ -151,18 +177,17 @@ def _channels_backward(dtype: torch.dtype) -> Any:
             grad_mean = carray(pointer(a[10] + job * P * wide_size, wide), P)
             grad_most = carray(pointer(a[11] + job * P * wide_size, wide), P)
             most = carray(pointer(a[12] + job * P * wide_size, wide), P)
-            first = w[4 * W : 5 * W]
             for p in range(P):
                 x = carray(pointer(a[7] + (start + p * C) * size, item), C)
                 g = carray(pointer(a[13] + (job * P + p) * C * size, item), C)
                 out = carray(pointer(a[14] + (job * P + p) * C * size, item), C)
                 largest = most[p]
+                share = grad_most[p] / _ties(x, w, C, largest, unit, nil)
+                each = grad_mean[p] / wide(C)
                 for i in range(C):
-                    first[i] = unit if load(x[i]) * w[i] + w[W + i] == largest else nil
-                share, each = grad_most[p] / total(first, C, nil), grad_mean[p] / wide(C)
-                for i in range(C):
-                    grad = each + share * first[i]
-                    w[2 * W + i] += grad * load(x[i])
+                    value = load(x[i])
+                    grad = each + (share if value * w[i] + w[W + i] == largest else nil)
+                    w[2 * W + i] += grad * value
                     w[3 * W + i] += grad
                     out[i] = store(load(g[i]) + grad * w[i], like)
             for k in range(2):
@@ -250,7 +275,7 @@ def _attend_backward(dtype: torch.dtype, spaced: bool, relu: bool) -> Any:
                     w[3 * W + i] += grad
                     out[i] = store(grad * w[i], like)
                 if spaced:
-                    grad_gates[p] = total(products, C, nil)
+                    grad_gates[p] = _total(products, C, nil)
             for k in range(2):
                 sums = carray(pointer(a[14 + k] + job * C * wide_size, wide), C)
                 for i in range(C):

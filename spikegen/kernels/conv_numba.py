@@ -1,7 +1,8 @@
-"""Engine `numba`'s convolution of a space gate: two maps to one, zero-padded, a tap at a time over whole images.
+"""Engine `numba`'s convolution of a space gate: two maps to one, zero-padded, rows of taps over whole images.
 
 For so few channels oneDNN takes ten times as long. An image lies in the scratch with its padding, so that a tap (a, b)
 is a multiply-accumulate of all of it, shifted by a rows and b places; what that writes into the padding is left out.
+The loops run over whole vectors, which is why the scratch goes on beyond the image.
 """
 
 import functools
@@ -12,17 +13,26 @@ import torch
 from numba import carray, njit, types
 from torch import Tensor
 
-from spikegen.kernels.numba_tools import CHUNKS, addresses, bare, compiled, pointer, run
+from spikegen.kernels.numba_tools import CHUNKS, VECTORS, addresses, bare, compiled, pointer, run, whole
+
+MAX_TAPS = 9
+"""Of a row, that a loop is unrolled over."""
 
 _FAST = {"reassoc", "contract", "nsz"}
 
 
-@njit(error_model="numpy", forceinline=True, fastmath=_FAST)
-@bare
-def _add(out: Any, x: Any, weight: Any, n: int) -> None:
-    """out += weight x"""
-    for i in range(n):
-        out[i] += weight * x[i]
+@functools.cache
+def _adder(taps: int) -> Any:
+    """out[i] += weight[0] x[i] + weight[1] x[i + 1] + ..., unrolled over the taps."""
+
+    def add(out, x, weight, n):  # type: ignore[no-untyped-def]
+        for i in range(n):
+            total = out[i]
+            for b in range(taps):
+                total += weight[b] * x[i + b]
+            out[i] = total
+
+    return njit(error_model="numpy", forceinline=True, fastmath=_FAST)(bare(add))
 
 
 @njit(error_model="numpy", forceinline=True, fastmath=_FAST)
@@ -35,16 +45,20 @@ def _dot(x: Any, y: Any, n: int, nil: Any) -> Any:
 
 
 @functools.cache
-def _forward(dtype: torch.dtype) -> Any:
+def _forward(dtype: torch.dtype, taps: int) -> Any:
     item, item_np, size = _types(dtype)
+    add = _adder(taps)
 
     def forward(begin, end, context):  # type: ignore[no-untyped-def]
         a = carray(context, 20)
         N, H, W, K, chunk = a[0], a[1], a[2], a[3], a[4]
         wide, half = W + K - 1, K // 2
-        n = H * wide
-        weight = carray(pointer(a[7], item), 2 * K * K)
-        padded = np.zeros(2 * (H + K) * wide, item_np)  # one row more, which shifts by b may touch
+        n = whole(H * wide)
+        given = carray(pointer(a[7], item), 2 * K * K)
+        weight = np.empty(2 * K * K, item_np)
+        for i in range(2 * K * K):
+            weight[i] = given[i]
+        padded = np.zeros(2 * (H + K) * wide + VECTORS, item_np)  # one row more, which shifts by b may touch
         total = np.empty(n, item_np)
         for image in range(begin * chunk, min(N, end * chunk)):
             for k in range(2):
@@ -56,9 +70,9 @@ def _forward(dtype: torch.dtype) -> Any:
             for i in range(n):
                 total[i] = 0
             for k in range(2):
-                for tap in range(K * K):
+                for tap in range(0, K * K, taps):
                     shift = (k * (H + K) + tap // K) * wide + tap % K
-                    _add(total, padded[shift:], weight[k * K * K + tap], n)
+                    add(total, padded[shift:], weight[k * K * K + tap :], n)
             out = carray(pointer(a[8] + image * H * W * size, item), H * W)
             for h in range(H):
                 for i in range(W):
@@ -68,19 +82,24 @@ def _forward(dtype: torch.dtype) -> Any:
 
 
 @functools.cache
-def _backward(dtype: torch.dtype) -> Any:
+def _backward(dtype: torch.dtype, taps: int) -> Any:
     item, item_np, size = _types(dtype)
+    add = _adder(taps)
 
     def backward(begin, end, context):  # type: ignore[no-untyped-def]
         a = carray(context, 20)
         N, H, W, K, chunk = a[0], a[1], a[2], a[3], a[4]
         wide, half = W + K - 1, K // 2
-        n = H * wide
+        n, longer = whole(H * wide), whole(H * wide + taps - 1)
         nil = carray(pointer(a[12], item), 1)[0]
-        weight = carray(pointer(a[7], item), 2 * K * K)
-        padded = np.zeros(2 * (H + K) * wide, item_np)
-        grads = np.empty(2 * (H + K) * wide, item_np)
-        grad = np.zeros(n, item_np)  # zeros where the padding is
+        given = carray(pointer(a[7], item), 2 * K * K)
+        weight = np.empty(2 * K * K, item_np)  # every row of taps from its last to its first
+        for i in range(2 * K * K):
+            weight[i] = given[i // taps * taps + taps - 1 - i % taps]
+        padded = np.zeros(2 * (H + K) * wide + VECTORS, item_np)
+        grads = np.empty(2 * (H + K) * wide + VECTORS, item_np)
+        before = np.zeros(longer + taps, item_np)  # zeros where the padding is, and `taps` - 1 before the gradient
+        grad = before[taps - 1 :]
         for job in range(begin, end):
             grad_weight = carray(pointer(a[11] + job * 2 * K * K * size, item), 2 * K * K)
             for tap in range(2 * K * K):
@@ -99,10 +118,11 @@ def _backward(dtype: torch.dtype) -> Any:
                 for i in range(len(grads)):
                     grads[i] = 0
                 for k in range(2):
-                    for tap in range(K * K):
+                    for tap in range(0, K * K, taps):
                         shift = (k * (H + K) + tap // K) * wide + tap % K
-                        _add(grads[shift:], grad, weight[k * K * K + tap], n)
-                        grad_weight[k * K * K + tap] += _dot(padded[shift:], grad, n, nil)
+                        add(grads[shift:], before, weight[k * K * K + tap :], longer)
+                        for b in range(taps):
+                            grad_weight[k * K * K + tap + b] += _dot(padded[shift + b :], grad, n, nil)
                 for k in range(2):
                     out = carray(pointer(a[9 + k] + image * H * W * size, item), H * W)
                     for h in range(H):
@@ -123,7 +143,7 @@ def _types(dtype: torch.dtype) -> tuple[Any, Any, int]:
 def convolve(maps: tuple[Tensor, Tensor], weight: Tensor, out: Tensor) -> None:
     """Write the cross-correlation of the two maps with the weight."""
     jobs, numbers = _jobs(maps[0], weight)
-    run(_forward(out.dtype), jobs, [*numbers, *addresses([*maps, weight, out])])
+    run(_forward(out.dtype, _taps(weight)), jobs, [*numbers, *addresses([*maps, weight, out])])
 
 
 def convolve_backward(maps: tuple[Tensor, Tensor], weight: Tensor, grad: Tensor, out: tuple[Tensor, Tensor]) -> Tensor:
@@ -131,8 +151,14 @@ def convolve_backward(maps: tuple[Tensor, Tensor], weight: Tensor, grad: Tensor,
     jobs, numbers = _jobs(maps[0], weight)
     parts = weight.new_empty(jobs, *weight.shape)
     nil = weight.new_zeros(1)
-    run(_backward(grad.dtype), jobs, [*numbers, *addresses([*maps, weight, grad, *out, parts, nil])])
+    run(_backward(grad.dtype, _taps(weight)), jobs, [*numbers, *addresses([*maps, weight, grad, *out, parts, nil])])
     return parts.sum(0)
+
+
+def _taps(weight: Tensor) -> int:
+    """How many taps of a row at a time: all, or of a wide kernel, which would not be unrolled, one."""
+    kernel = weight.shape[-1]
+    return kernel if kernel <= MAX_TAPS else 1
 
 
 def _jobs(maps: Tensor, weight: Tensor) -> tuple[int, list[int]]:

@@ -17,8 +17,8 @@ from spikegen.kernels.numba_tools import (
     compiled,
     inlined,
     load,
-    over_channels,
     pointer,
+    reducing,
     store,
 )
 
@@ -40,6 +40,14 @@ def _derivative(kind: int, v: float, one: float, a: float, b: float, c: float) -
     if kind == 4:  # rectangle
         return a if abs(v - c) < b else one - one
     return one  # straight through
+
+
+@reducing
+def _gate_gradient(grad: Any, y: Any, scale: Any, shift: Any, n: int, nil: Any) -> Any:
+    total = nil
+    for i in range(n):
+        total += grad[i] * (y[i] * scale[i] + shift[i])
+    return total
 
 
 @functools.cache
@@ -168,13 +176,16 @@ def backward_pass(
                         if placed:
                             scale = carray(pointer(a[17] + ((t * R + r) * L + first) * wide_size, wide), n)
                             shift = carray(pointer(a[17] + (((T + t) * R + r) * L + first) * wide_size, wide), n)
-                            for i in range(n):
-                                w[CURRENT * W + i] = w[OUT * W + i] * (w[X * W + i] * scale[i] + shift[i])
                             at = ((job % blocks * T + t) * R + r) * P + p
                             sums_of_places = carray(pointer(a[20] + at * tile * wide_size, wide), tile)
-                            over_channels(w[CURRENT * W : ALL * W], sums_of_places, n // tile, nil)
+                            m = n // tile
+                            for k in range(tile):
+                                grads, values = w[OUT * W + k * m : CURRENT * W], w[X * W + k * m : OUT * W]
+                                sums_of_places[k] = _gate_gradient(
+                                    grads, values, scale[k * m :], shift[k * m :], m, nil
+                                )
                             gates = carray(pointer(a[18] + ((t * R + r) * P + p) * tile * wide_size, wide), tile)
-                            by_pixel(w[OUT * W : CURRENT * W], gates, n // tile)
+                            by_pixel(w[OUT * W : CURRENT * W], gates, m)
                         if scaled:
                             scale = carray(pointer(a[17] + ((t * R + r) * L + first) * wide_size, wide), n)
                             of_scale = image_sums[t * W : (t + 1) * W]

@@ -18,6 +18,9 @@ from torch import Tensor
 WIDTH = 512
 """Lanes of a block, and that places are merged up to: many vectors, but few enough to stay in the cache."""
 
+VECTORS = 64
+"""Numbers that a loop takes in one turn: LLVM leaves those over to a loop of its own, one after another."""
+
 ARGUMENTS = 22
 """That a pass is given at most."""
 
@@ -71,10 +74,13 @@ def store(_context: Any, value: Any, like: Any) -> Any:
 
 
 @intrinsic
-def _ordered(_context: Any, value: Any) -> Any:
-    """A float as an integer that is larger where it is; of that integer, the float again."""
+def ordered(_context: Any, value: Any) -> Any:
+    """A float as an integer that is larger where it is; of that integer, the float again.
+
+    LLVM takes the largest of many integers at once, but of one float after another.
+    """
     floats = {types.float32: types.int32, types.float64: types.int64}
-    result = (floats | {i: f for f, i in floats.items()})[value]
+    result: Any = (floats | {i: f for f, i in floats.items()})[value]
 
     def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         word = ir.IntType(value.bitwidth)
@@ -96,27 +102,15 @@ def bare(function: Callable[..., Any]) -> Any:
     return inspect.unwrap(function)
 
 
-def _reducing(function: Any) -> Any:
-    """A sum whose order is the compiler's, so that it uses whole vectors."""
+def reducing(function: Callable[..., Any]) -> Any:
+    """A function for the passes to call, whose sums have the compiler's order, so that they take whole vectors."""
     return njit(error_model="numpy", forceinline=True, fastmath={"reassoc"})(bare(function))
 
 
-@_reducing
-def total(values: Any, n: int, nil: Any) -> Any:
-    """The sum of the first n."""
-    sum_of_all = nil
-    for i in range(n):
-        sum_of_all += values[i]
-    return sum_of_all
-
-
 @inlined
-def largest(values: Any, n: int) -> Any:
-    """The largest of the first n. LLVM takes the largest of many integers at once, but of one float after another."""
-    most = _ordered(values[0])
-    for i in range(1, n):
-        most = max(most, _ordered(values[i]))
-    return _ordered(most)
+def whole(n: int) -> int:
+    """The least multiple of VECTORS that is no less."""
+    return (n + VECTORS - 1) // VECTORS * VECTORS
 
 
 @inlined
@@ -126,13 +120,6 @@ def by_pixel(values: Any, gates: Any, channels: int) -> None:
         gate = gates[k]
         for i in range(channels):
             values[k * channels + i] *= gate
-
-
-@inlined
-def over_channels(values: Any, out: Any, channels: int, nil: Any) -> None:
-    """Write the sum over the channels of every pixel."""
-    for k in range(len(out)):
-        out[k] = total(values[k * channels : (k + 1) * channels], channels, nil)
 
 
 # ---- the passes, as functions of (first item, last item, arguments) for torch's thread pool --------------------------
