@@ -190,6 +190,22 @@ def test_a_whole_stage_fires_and_learns_alike(placement: str, monkeypatch: pytes
         torch.testing.assert_close(few[1][name], grad, rtol=1e-3, atol=1e-4, msg=name)
 
 
+@pytest.mark.parametrize("once", [False, True])
+@pytest.mark.parametrize("relu", [False, True])
+def test_kept_currents_may_come_back_in_another_order_of_memory(once: bool, relu: bool) -> None:
+    block = MASpec(kind="tcsa", reduction_t=2, reduction_c=2, kernel=3, relu=relu).build(4, 6)
+    stage = down_stage(StageSpec(channels=6), 3, LIFSpec(), "auto", block)
+    y = torch.randn(1 if once else 4, 3, 5, 7, 6).movedim(-1, 2).requires_grad_()
+    weight = torch.randn(4, 3, 6, 5, 7)
+    leaves = [y, *block.parameters()]
+    expected = torch.autograd.grad((stage.fire(y, 4)[0] * weight).sum(), leaves)
+    with torch.autograd.graph.saved_tensors_hooks(torch.Tensor.contiguous, lambda x: x):
+        found = torch.autograd.grad((stage.fire(y, 4)[0] * weight).sum(), leaves)
+    assert expected[0].abs().sum() > 0
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize(
     "y",
     [

@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 from spikegen.attention import TCJA, TCJASpec
-from spikegen.kernels import gated_scan
+from spikegen.kernels import attended, gated_scan
 from spikegen.kernels.engines import fused_engine
+from spikegen.multi_attention import MASpec
 from spikegen.neurons import LIFSpec
 from spikegen.stages import StageSpec, dense_stage, down_stage, fold_time, up_stage
 from spikegen.stepping import Stepper
@@ -163,7 +164,7 @@ def watch(stage, how, seen):
         attention.register_full_backward_pre_hook(lambda module, outputs: seen.append(outputs[0]))
     elif how == "forward of its own":
         forward = attention.forward
-        attention.forward = lambda x, squeezed=None: (seen.append(x), forward(x, squeezed))[1]
+        attention.forward = lambda x, *rest: (seen.append(x), forward(x, *rest))[1]
     else:
         fire = neuron.fire
         neuron.fire = lambda *arguments: (seen.append(result := fire(*arguments)), result)[1]
@@ -173,9 +174,10 @@ HOWS = ("forward hook", "forward pre-hook", "backward hook", "backward pre-hook"
 
 
 @pytest.mark.parametrize("how", HOWS)
-def test_whoever_watches_sees_and_changes_nothing(how):
-    """In training too, where the scan would gate its spikes itself."""
-    stage, seen = stages(TCJASpec().build(6, 4))["down"][0].train(), []
+@pytest.mark.parametrize("spec", [TCJASpec(), MASpec(kind="tcsa", reduction_t=2, reduction_c=2, kernel=3)], ids=str)
+def test_whoever_watches_sees_and_changes_nothing(how, spec):
+    """In training too, where the scan would gate its spikes, or its currents, itself."""
+    stage, seen = stages(spec.build(6, 4))["down"][0].train(), []
     stage = stage.to(memory_format=torch.channels_last)  # as the scan gates spikes
     x = (torch.randn(6, 2, 8, 6, 3) * 2).movedim(-1, 2).requires_grad_()
     loss = lambda: (stage(x)[0] * torch.linspace(-1, 1, 192).view(2, 4, 4, 6)[:, :, :, :3]).sum()  # noqa: E731
@@ -185,7 +187,7 @@ def test_whoever_watches_sees_and_changes_nothing(how):
     assert seen
     for ours, theirs in zip(found, without, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-    if how.startswith("forward"):
+    if how.startswith("forward") and isinstance(spec, TCJASpec):
         spikes = seen[0]
         assert 0 < spikes.mean() < 1
         assert torch.equal(spikes, (spikes > 0).float())
@@ -218,6 +220,23 @@ def test_the_scan_gates_its_spikes_where_there_will_be_a_backward_and_nowhere_el
         assert not calls
         module(x)
         assert len(calls) == expected
+
+
+@pytest.mark.skipif(fused_engine(torch.device("cpu"), torch.float32) is None, reason="no fused engine here")
+def test_the_scan_gates_its_currents_where_it_can(monkeypatch):
+    calls, real = [], attended.scan
+    monkeypatch.setattr(attended, "scan", lambda *arguments: (calls.append(0), real(*arguments))[1])
+    x = torch.randn(6, 2, 3, 8, 6).movedim(2, -1).contiguous().movedim(-1, 2)
+    cases = {"ca": ({}, 1), "tcsa": ({}, 1), "csa": ({"relu": True}, 0), "sa": ({"placement": "membrane"}, 0)}
+    for kind, (values, expected) in cases.items():
+        stage = stages(MASpec(kind=kind, kernel=3, **values).build(6, 4))["down"][0]
+        stage.to(memory_format=torch.channels_last)
+        calls.clear()
+        stage(x)
+        assert len(calls) == expected, kind
+        with torch.no_grad():
+            stage(x)
+        assert len(calls) == 2 * expected, kind
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

@@ -7,8 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from spikegen.kernels import analytic, attending, fused, gated_scan, modulated, reference
-from spikegen.kernels import attended_scan as attended
+from spikegen.kernels import analytic, attended, attending, fused, gated_scan, modulated, reference
 from spikegen.kernels.attending import Attended
 from spikegen.kernels.engines import ENGINES, Engine, choose
 from spikegen.kernels.gating import gated

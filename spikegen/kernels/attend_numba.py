@@ -1,7 +1,7 @@
-"""Engine `numba`'s passes for gates on currents: squeezes over space and over channels, and the gated norm itself.
+"""Engine `numba`'s pass of gates over currents, for those that no scan reads at once.
 
-Y [T, B, P, C] has its channels last in memory; a job is one image at one step, and every pass reads Y once. What is
-called wide is float32, or float64 for it.
+Y [T, B, P, C] has its channels last in memory; a job is one image at one step. What is called wide is float32, or
+float64 for it.
 """
 
 import functools
@@ -9,113 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import carray, types
+from numba import carray
 from torch import Tensor
 
 from spikegen.kernels.layout import Layout
-from spikegen.kernels.numba_tools import ITEM, ONE, addresses, compiled, load, ordered, pointer, reducing, run, store
-
-MAX_CHANNELS = 2048
-"""What the scratch holds."""
-
-
-def _types(dtype: torch.dtype) -> tuple[Any, Any, int, Any, int]:
-    wide = (types.float64, np.float64, 8) if dtype == torch.float64 else (types.float32, np.float32, 4)
-    return ITEM[dtype], wide[0], wide[2], wide[1], dtype.itemsize
-
-
-@functools.cache
-def _squeeze(dtype: torch.dtype) -> Any:
-    item, wide, wide_size, wide_np, size = _types(dtype)
-    W = MAX_CHANNELS
-
-    def squeeze(begin, end, context):  # type: ignore[no-untyped-def]
-        a = carray(context, 20)
-        R, P, C, time_stride, row_stride = a[1], a[2], a[3], a[4], a[5]
-        sign = carray(pointer(a[6], wide), C)
-        sums = np.empty(2 * W, np.float64)
-        w = np.empty(4 * W, wide_np)  # the largest, how many are, values, signs
-        numbers = carray(pointer(a[19], wide), 2)
-        unit, nil = numbers[0], numbers[1]
-        for i in range(C):
-            w[3 * W + i] = sign[i]
-        for job in range(begin, end):
-            start = (job // R) * time_stride + (job % R) * row_stride
-            for i in range(C):
-                sums[i] = 0
-                sums[W + i] = 0
-                w[i] = -np.inf
-                w[W + i] = nil
-            for p in range(P):
-                x = carray(pointer(a[7] + (start + p * C) * size, item), C)
-                for i in range(C):
-                    value = np.float64(load(x[i]))
-                    sums[i] += value
-                    sums[W + i] += value * value
-                for i in range(C):
-                    value = load(x[i]) * w[3 * W + i]
-                    most = w[i]
-                    same = w[W + i] + (unit if value == most else nil)
-                    w[W + i] = unit if value > most else same
-                    w[i] = value if value > most else most
-            for k in range(2):
-                out = carray(pointer(a[8 + k] + job * C * 8, types.float64), C)
-                for i in range(C):
-                    out[i] = sums[k * W + i] / P
-            most_out = carray(pointer(a[10] + job * C * wide_size, wide), C)
-            ties = carray(pointer(a[11] + job * C * wide_size, wide), C)
-            for i in range(C):
-                most_out[i] = w[i] * w[3 * W + i]
-                ties[i] = w[W + i]
-
-    return compiled(squeeze)
-
-
-@functools.cache
-def _squeeze_backward(dtype: torch.dtype) -> Any:
-    item, wide, wide_size, wide_np, size = _types(dtype)
-    like = ONE[dtype]
-    W = MAX_CHANNELS
-
-    def squeeze_backward(begin, end, context):  # type: ignore[no-untyped-def]
-        a = carray(context, 20)
-        R, P, C, time_stride, row_stride = a[1], a[2], a[3], a[4], a[5]
-        w = np.empty(4 * W, wide_np)
-        nil = carray(pointer(a[19], wide), 2)[1]
-        for job in range(begin, end):
-            start = (job // R) * time_stride + (job % R) * row_stride
-            for k in range(4):  # dL/dY's constant, its slope, the largest, the share of one that is the largest
-                given = carray(pointer(a[9 + k] + job * C * wide_size, wide), C)
-                for i in range(C):
-                    w[k * W + i] = given[i]
-            for p in range(P):
-                x = carray(pointer(a[7] + (start + p * C) * size, item), C)
-                g = carray(pointer(a[8] + (job * P + p) * C * size, item), C)
-                out = carray(pointer(a[13] + (job * P + p) * C * size, item), C)
-                for i in range(C):
-                    value = load(x[i])
-                    grad = load(g[i]) + w[i] + w[W + i] * value
-                    out[i] = store(grad + (w[3 * W + i] if value == w[2 * W + i] else nil), like)
-
-    return compiled(squeeze_backward)
-
-
-@reducing
-def _sum_and_largest(x, w, n, nil, least):  # type: ignore[no-untyped-def]
-    total, most = nil, least
-    for i in range(n):
-        value = load(x[i]) * w[i] + w[MAX_CHANNELS + i]
-        total += value
-        most = max(most, ordered(value))
-    return total, most
-
-
-@reducing
-def _ties(x, w, n, largest, unit, nil):  # type: ignore[no-untyped-def]
-    ties = nil
-    for i in range(n):
-        ties += unit if load(x[i]) * w[i] + w[MAX_CHANNELS + i] == largest else nil
-    return ties
+from spikegen.kernels.numba_tools import ONE, compiled, load, pointer, reducing, store
+from spikegen.kernels.squeeze_numba import MAX_CHANNELS, each_image, wide_types
 
 
 @reducing
@@ -127,80 +26,8 @@ def _total(values: Any, n: int, nil: Any) -> Any:
 
 
 @functools.cache
-def _channels(dtype: torch.dtype) -> Any:
-    item, wide, wide_size, wide_np, size = _types(dtype)
-    least: Any = np.iinfo(np.int64).min if dtype == torch.float64 else np.int32(np.iinfo(np.int32).min)
-    W = MAX_CHANNELS
-
-    def channels(begin, end, context):  # type: ignore[no-untyped-def]
-        a = carray(context, 20)
-        R, P, C, time_stride, row_stride = a[1], a[2], a[3], a[4], a[5]
-        w = np.empty(2 * W, wide_np)  # scale, shift
-        numbers = carray(pointer(a[19], wide), 2)
-        share, nil = numbers[0] / wide(C), numbers[1]
-        for job in range(begin, end):
-            start = (job // R) * time_stride + (job % R) * row_stride
-            for k in range(2):
-                given = carray(pointer(a[8 + k] + job * C * wide_size, wide), C)
-                for i in range(C):
-                    w[k * W + i] = given[i]
-            mean = carray(pointer(a[10] + job * P * wide_size, wide), P)
-            most = carray(pointer(a[11] + job * P * wide_size, wide), P)
-            for p in range(P):
-                x = carray(pointer(a[7] + (start + p * C) * size, item), C)
-                total, key = _sum_and_largest(x, w, C, nil, least)
-                mean[p] = total * share
-                most[p] = ordered(key)
-
-    return compiled(channels)
-
-
-@functools.cache
-def _channels_backward(dtype: torch.dtype) -> Any:
-    item, wide, wide_size, wide_np, size = _types(dtype)
-    like = ONE[dtype]
-    W = MAX_CHANNELS
-
-    def channels_backward(begin, end, context):  # type: ignore[no-untyped-def]
-        a = carray(context, 20)
-        R, P, C, time_stride, row_stride = a[1], a[2], a[3], a[4], a[5]
-        w = np.empty(4 * W, wide_np)  # scale, shift, their gradients
-        numbers = carray(pointer(a[19], wide), 2)
-        unit, nil = numbers[0], numbers[1]
-        for job in range(begin, end):
-            start = (job // R) * time_stride + (job % R) * row_stride
-            for k in range(2):
-                given = carray(pointer(a[8 + k] + job * C * wide_size, wide), C)
-                for i in range(C):
-                    w[k * W + i] = given[i]
-                    w[(2 + k) * W + i] = nil
-            grad_mean = carray(pointer(a[10] + job * P * wide_size, wide), P)
-            grad_most = carray(pointer(a[11] + job * P * wide_size, wide), P)
-            most = carray(pointer(a[12] + job * P * wide_size, wide), P)
-            for p in range(P):
-                x = carray(pointer(a[7] + (start + p * C) * size, item), C)
-                g = carray(pointer(a[13] + (job * P + p) * C * size, item), C)
-                out = carray(pointer(a[14] + (job * P + p) * C * size, item), C)
-                largest = most[p]
-                share = grad_most[p] / _ties(x, w, C, largest, unit, nil)
-                each = grad_mean[p] / wide(C)
-                for i in range(C):
-                    value = load(x[i])
-                    grad = each + (share if value * w[i] + w[W + i] == largest else nil)
-                    w[2 * W + i] += grad * value
-                    w[3 * W + i] += grad
-                    out[i] = store(load(g[i]) + grad * w[i], like)
-            for k in range(2):
-                sums = carray(pointer(a[15 + k] + job * C * wide_size, wide), C)
-                for i in range(C):
-                    sums[i] = w[(2 + k) * W + i]
-
-    return compiled(channels_backward)
-
-
-@functools.cache
 def _attend(dtype: torch.dtype, spaced: bool, relu: bool) -> Any:
-    item, wide, wide_size, wide_np, size = _types(dtype)
+    item, wide, wide_size, wide_np, size = wide_types(dtype)
     like = ONE[dtype]
     W = MAX_CHANNELS
 
@@ -234,7 +61,7 @@ def _attend(dtype: torch.dtype, spaced: bool, relu: bool) -> Any:
 
 @functools.cache
 def _attend_backward(dtype: torch.dtype, spaced: bool, relu: bool) -> Any:
-    item, wide, wide_size, wide_np, size = _types(dtype)
+    item, wide, wide_size, wide_np, size = wide_types(dtype)
     like = ONE[dtype]
     W = MAX_CHANNELS
 
@@ -284,62 +111,14 @@ def _attend_backward(dtype: torch.dtype, spaced: bool, relu: bool) -> Any:
     return compiled(attend_backward)
 
 
-@functools.cache
-def _over_steps(dtype: torch.dtype) -> Any:
-    item, wide, _, wide_np, size = _types(dtype)
-    like = ONE[dtype]
-    W = MAX_CHANNELS
-
-    def over_steps(begin, end, context):  # type: ignore[no-untyped-def]
-        a = carray(context, 20)
-        T, R, P, C = a[0], a[1], a[2], a[3]
-        w = np.empty(W, wide_np)
-        nil = carray(pointer(a[19], wide), 2)[1]
-        for job in range(begin, end):
-            for p in range(P):
-                for i in range(C):
-                    w[i] = nil
-                for t in range(T):
-                    g = carray(pointer(a[6] + (((t * R + job) * P + p) * C) * size, item), C)
-                    for i in range(C):
-                        w[i] += load(g[i])
-                out = carray(pointer(a[7] + (job * P + p) * C * size, item), C)
-                for i in range(C):
-                    out[i] = store(w[i], like)
-
-    return compiled(over_steps)
-
-
 # ---- calling them: all but Y is dense, [T, B, C] or [T, B, P], and wide, where nothing else is said ------------------
-
-
-def squeeze(layout: Layout, y: Tensor, sign: Tensor, out: tuple[Tensor, ...]) -> None:
-    """Write, over space, the means of Y and of Y^2 in float64, the largest of sign Y, times sign, and how many are."""
-    _each_image(_squeeze(y.dtype), layout, y, [sign, y, *out])
-
-
-def squeeze_backward(layout: Layout, y: Tensor, grad: Tensor, numbers: tuple[Tensor, ...], out: Tensor) -> None:
-    """Write grad + numbers[0] + numbers[1] Y, and + numbers[3] where Y is numbers[2]."""
-    _each_image(_squeeze_backward(y.dtype), layout, y, [None, y, grad, *numbers, out])
-
-
-def channels(layout: Layout, y: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, most: Tensor) -> None:
-    """Write the mean and the largest, over channels, of scale Y + shift."""
-    _each_image(_channels(y.dtype), layout, y, [None, y, scale, shift, mean, most])
-
-
-def channels_backward(
-    layout: Layout, y: Tensor, scale: Tensor, shift: Tensor, grads: tuple[Tensor, ...], out: tuple[Tensor, ...]
-) -> None:
-    """`grads`: of the mean, of the largest, that one itself, and Y's of elsewhere; `out`: Y's, scale's and shift's."""
-    _each_image(_channels_backward(y.dtype), layout, y, [None, y, scale, shift, *grads, *out])
 
 
 def attend(
     layout: Layout, y: Tensor, scale: Tensor, shift: Tensor, gate: Tensor | None, relu: bool, out: Tensor
 ) -> None:
     """Write gate (scale Y + shift) in Y's dtype; its positive part where `relu`. The gate is one for every place."""
-    _each_image(_attend(y.dtype, gate is not None, relu), layout, y, [None, y, scale, shift, gate, out])
+    each_image(_attend(y.dtype, gate is not None, relu), layout, y, [None, y, scale, shift, gate, out])
 
 
 def attend_backward(
@@ -354,18 +133,4 @@ def attend_backward(
 ) -> None:
     """`out`: the gradients of the gate, of Y, of scale and of shift."""
     function = _attend_backward(y.dtype, gate is not None, relu)
-    _each_image(function, layout, y, [None, y, scale, shift, gate, out[0], grad, *out[1:]])
-
-
-def over_steps(layout: Layout, grad: Tensor, out: Tensor) -> None:
-    """Write the sum over all steps, dense as `grad` is."""
-    _each_image(_over_steps(grad.dtype), layout, grad, [grad, out], layout.rows)
-
-
-def _each_image(
-    function: Any, layout: Layout, y: Tensor, tensors: list[Tensor | None], jobs: int | None = None
-) -> None:
-    numbers = torch.tensor([1, 0], dtype=torch.promote_types(y.dtype, torch.float32))
-    arguments = [*layout.numbers, *addresses(tensors)]
-    arguments += [0] * (19 - len(arguments)) + addresses([numbers])
-    run(function, layout.steps * layout.rows if jobs is None else jobs, arguments)
+    each_image(function, layout, y, [None, y, scale, shift, gate, out[0], grad, *out[1:]])

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from spikegen.kernels.engines import fused_engine
-from spikegen.kernels.layout import Layout, lay_out
+from spikegen.kernels.layout import Layout, kept, lay_out
 
 
 class Squeezed(NamedTuple):
@@ -40,7 +40,7 @@ class Attended(NamedTuple):
 
 def fits(y: Float[Tensor, "T B C *hw"]) -> bool:
     """Whether the functions below take `y`: images, channels last, where the device's fused engine has such passes."""
-    return _numba(y) and y.shape[2] <= _passes().MAX_CHANNELS and y[0, 0].movedim(0, -1).is_contiguous()
+    return _numba(y) and y.shape[2] <= _squeezes().MAX_CHANNELS and y[0, 0].movedim(0, -1).is_contiguous()
 
 
 def squeeze(y: Float[Tensor, "T B C *hw"], sign: Float[Tensor, " C"]) -> Squeezed:
@@ -93,7 +93,7 @@ class _Squeeze(torch.autograd.Function):
         most = y.new_empty(y.shape[:3], dtype=_wide(y))
         ties = torch.empty_like(most)
         mean, square = most.new_empty(2, *most.shape, dtype=torch.float64)
-        _passes().squeeze(layout, y, sign.to(most.dtype), (mean, square, most, ties))
+        _squeezes().squeeze(layout, y, sign.to(most.dtype), (mean, square, most, ties))
         ctx.save_for_backward(y, most, ties)
         return y, mean, square, most
 
@@ -101,11 +101,12 @@ class _Squeeze(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, grad_mean: Tensor, grad_square: Tensor, grad_most: Tensor) -> Any:
         y, most, ties = ctx.saved_tensors
+        y = kept(y)
         layout, pixels = _layout(y), y[0, 0, 0].numel()
         numbers = grad_mean / pixels, 2 * grad_square / pixels, most, grad_most / ties
         out = layout.empty(y, len(y))
         given = tuple(k.to(most.dtype).contiguous() for k in numbers)
-        _passes().squeeze_backward(layout, y, layout.dense(grad.to(y.dtype)), given, out)
+        _squeezes().squeeze_backward(layout, y, layout.dense(grad.to(y.dtype)), given, out)
         return out, None
 
 
@@ -120,7 +121,7 @@ class _Repeat(torch.autograd.Function):
         layout = _layout(grad)
         grad = layout.dense(grad)
         out = layout.empty(grad, 1)
-        _passes().over_steps(layout, grad, out)
+        _squeezes().over_steps(layout, grad, out)
         return out, None
 
 
@@ -129,7 +130,7 @@ class _SqueezeChannels(torch.autograd.Function):
     def forward(ctx: Any, y: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         mean = scale.new_empty(*y.shape[:2], 1, *y.shape[3:])
         most = torch.empty_like(mean)
-        _passes().channels(_layout(y), y, scale, shift, mean, most)
+        _squeezes().channels(_layout(y), y, scale, shift, mean, most)
         ctx.save_for_backward(y, scale, shift, most)
         return y, mean, most
 
@@ -137,10 +138,11 @@ class _SqueezeChannels(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, grad_mean: Tensor, grad_most: Tensor) -> Any:
         y, scale, shift, most = ctx.saved_tensors
+        y = kept(y)
         layout = _layout(y)
         grads = grad_mean.contiguous(), grad_most.contiguous(), most, layout.dense(grad.to(y.dtype))
         out = layout.empty(y, len(y)), torch.empty_like(scale), torch.empty_like(shift)
-        _passes().channels_backward(layout, y, scale, shift, grads, out)
+        _squeezes().channels_backward(layout, y, scale, shift, grads, out)
         return out
 
 
@@ -158,6 +160,7 @@ class _Attend(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         y, scale, shift, gate = ctx.saved_tensors
+        y = kept(y)
         layout = _layout(y)
         of_gate = None if gate is None else torch.empty_like(gate)
         out = layout.empty(y, len(y)), torch.empty_like(scale), torch.empty_like(shift)
@@ -205,8 +208,12 @@ def _numba(y: Tensor) -> bool:
     return fused_engine(y.device, y.dtype) == "numba"
 
 
+def _squeezes() -> ModuleType:
+    return importlib.import_module("spikegen.kernels.squeeze_numba")  # not above: numba may be absent
+
+
 def _passes() -> ModuleType:
-    return importlib.import_module("spikegen.kernels.attend_numba")  # not above: numba may be absent
+    return importlib.import_module("spikegen.kernels.attend_numba")
 
 
 def _convolutions() -> ModuleType:

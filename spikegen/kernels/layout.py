@@ -87,6 +87,11 @@ def to_channels_last(x: Tensor) -> Tensor:
     return x.movedim(2, -1).contiguous().movedim(-1, 2)
 
 
+def kept(x: Tensor) -> Tensor:
+    """What was kept for a backward, channels last as it was, which a hook on saved tensors may have changed."""
+    return x if channels_last(x, []) else to_channels_last(x)
+
+
 def lay_out(x: Tensor, steps: int, constants: list[Tensor], width: int) -> tuple[Tensor, Layout]:
     """(`x`, copied only if it must be, and its layout); `x` is [steps, B, ...], or [1, B, ...] for all steps.
 

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from spikegen.kernels import attending, fused
 from spikegen.kernels.attending import Attended
 from spikegen.kernels.engines import module
-from spikegen.kernels.layout import Layout, channels_last
+from spikegen.kernels.layout import Layout, channels_last, kept
 from spikegen.kernels.surrogates import AnySurrogate
 
 
@@ -63,6 +63,7 @@ class _Scan(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, grad_rate: Tensor | None) -> Any:
         y, scale, shift, gate, beta, threshold = ctx.saved_tensors
         zero, surrogate, engine = ctx.rest
+        y = kept(y)
         _, layout, constants = fused.arrange(y, None, beta, threshold, len(y), engine)
         grad = torch.zeros_like(y) if grad is None else grad.to(y.dtype)
         share = None if grad_rate is None else layout.rate_to_lanes(grad_rate / y[0, 0, 0].numel())
