@@ -184,6 +184,7 @@ class MultiAttention(nn.Module):
         if self.channel is not None and "c" in gates:
             gate = self.channel(over(scale * mean + shift, torch.mean), over(scale * most + shift, torch.amax))
             scale, shift = scale * gate, shift * gate
+        scale, shift = scale.to(wide), shift.to(wide)  # where the gates' weights are wider
         places = None
         if self.space is not None and "s" in gates:
             y, means, mosts = attending.squeeze_channels(y, scale, shift)
@@ -220,6 +221,7 @@ class SpaceGate(nn.Module):
 
     def forward(self, mean: Float[Tensor, "T B 1 H W"], most: Float[Tensor, "T B 1 H W"]) -> Float[Tensor, "T B 1 H W"]:
         """Gates in (0, 1)."""
+        mean, most = (x.to(self.conv.weight.dtype) for x in (mean, most))
         return attending.convolve(mean, most, self.conv.weight).sigmoid()
 
 

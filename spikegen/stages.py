@@ -105,7 +105,7 @@ class Stage(nn.Module):
             spikes, rate = self._fire_attended(current, norm, attention)
         else:
             scaled = None if norm is None else norm.of(current, self.bias)
-            if (gate := self._gate_in_scan()) is not None and isinstance(self.neuron, LIF):
+            if (gate := self._gate_in_scan()) is not None and type(self.neuron) is LIF:
                 spikes, rate = self.neuron.fire_gated(current, scaled, steps, gate)
                 return spikes.to(dtype), rate.mean()
             spikes, rate = self.neuron.fire(current, scaled, steps)
@@ -138,7 +138,7 @@ class Stage(nn.Module):
     def _fire_attended(
         self, current: Tensor, norm: ThresholdNorm | None, attention: MultiAttention
     ) -> tuple[Tensor, Tensor]:
-        if isinstance(self.neuron, LIF) and type(attention) is MultiAttention and not self._watched(attention):
+        if type(self.neuron) is LIF and type(attention) is MultiAttention and not self._watched(attention):
             attended = attention.attended(current, norm, self.bias)
             if attended is not None:
                 return self.neuron.fire_attended(attended)

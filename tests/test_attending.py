@@ -1,5 +1,9 @@
 """Attention-SNN's gates in few passes are what they are in many, gradients and statistics included."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -82,6 +86,18 @@ def test_each_pass_is_its_equation(dtype: torch.dtype, shape: tuple[int, ...], o
         torch.testing.assert_close(a, b, **tolerance(dtype if a is grads[0][0] else wide))
 
 
+class Rounded(torch.autograd.Function):
+    """Currents as they are kept, in `dtype`; their gradient as it is."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return x.to(dtype).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad, None
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [*SHAPES, (9, 2, 3, 7, 5)])
 @pytest.mark.parametrize("reset", ["zero", "subtract"])
@@ -102,7 +118,7 @@ def test_a_scan_of_gated_currents_is_that_of_their_product(
         inputs += [beta.requires_grad_(), threshold.requires_grad_()]
     x = y.expand(steps, *y.shape[1:])
     found = attended_scan(Attended(x, scale, shift, gate), beta, threshold, reset, ATan())
-    product = scaled(x, scale, shift) * (1 if gate is None else gate)
+    product = Rounded.apply(scaled(x, scale, shift) * (1 if gate is None else gate), dtype)
     spikes = lif_scan(product, beta, threshold, reset, ATan(), "torch")
     expected = spikes.to(dtype), spikes.mean((3, 4))
     assert torch.equal(found[0], expected[0])
@@ -188,6 +204,56 @@ def test_a_whole_stage_fires_and_learns_alike(placement: str, monkeypatch: pytes
     assert torch.equal(few[0], many[0])  # no membrane is that close to the threshold
     for name, grad in many[1].items():
         torch.testing.assert_close(few[1][name], grad, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("kind", ["ta", "csa", "tcsa"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_whoever_scans_and_whoever_watches_the_spikes_are_the_same(kind: str, dtype: torch.dtype) -> None:
+    stage = down_stage(StageSpec(channels=6), 3, LIFSpec(), "auto", MASpec(kind=kind, kernel=3).build(4, 6))  # type: ignore[arg-type]
+    assert stage.norm is not None
+    stage.norm.scale *= 5  # gates make currents small
+    y = torch.randn(4, 16, 32, 32, 6).to(dtype).movedim(-1, 2)
+    auto = stage.fire(y, 4)[0]
+    assert 0.01 < auto.float().mean() < 0.9
+    stage.neuron.engine = "torch"
+    assert torch.equal(stage.fire(y, 4)[0], auto)
+    stage.neuron.engine = "auto"
+    assert stage.attention is not None
+    stage.attention.register_forward_hook(lambda *_: None)
+    assert torch.equal(stage.fire(y, 4)[0], auto)
+
+
+@pytest.mark.parametrize("order", ["channels last", "channels first", "expanded"])
+def test_gradients_of_a_repeated_current_come_in_any_order_of_memory(order: str) -> None:
+    y = torch.randn(1, 2, 8, 9, 640).movedim(-1, 2).requires_grad_()
+    grad = torch.randn(3, 2, 8, 9, 640).movedim(-1, 2)
+    if order != "channels last":
+        grad = grad.contiguous() if order == "channels first" else grad[:, :, :1].expand(3, 2, 640, 8, 9)
+    found = torch.autograd.grad(attending.repeat(y, 3), y, grad)[0]
+    torch.testing.assert_close(found, grad.sum(0, keepdim=True))
+
+
+def test_gates_wider_than_the_currents() -> None:
+    block = MASpec(kind="tcsa", reduction_t=2, reduction_c=2, kernel=3).build(4, 6)
+    y = torch.randn(4, 3, 5, 7, 6).movedim(-1, 2)
+    torch.testing.assert_close(block.double()(y), block.float()(y), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_what_is_compiled_is_kept_for_the_next_process(tmp_path: Path) -> None:
+    code = (
+        "import torch; from spikegen.kernels import attending as a; x = torch.rand(2, 1, 1, 4, 4).requires_grad_();"
+        "a.convolve(x, x, torch.rand(1, 2, 3, 3)).sum().backward();"
+        "y = torch.rand(2, 3, 4, 4, 5).movedim(-1, 2).requires_grad_();"
+        "s = a.squeeze(y, torch.ones(5)); a.squeeze_channels(s.y, s.mean.float(), s.most)[1].sum().backward()"
+    )
+    kept = []
+    for _ in range(2):
+        environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+        subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+        kept.append(sorted(tmp_path.rglob("*.nbc")))
+    assert len(kept[0]) == 6
+    assert kept[0] == kept[1]
 
 
 @pytest.mark.parametrize("once", [False, True])

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from spikegen.kernels.engines import fused_engine
-from spikegen.kernels.layout import Layout, kept, lay_out
+from spikegen.kernels.layout import Layout, kept, lay_out, to_channels_last
 
 
 class Squeezed(NamedTuple):
@@ -118,8 +118,8 @@ class _Repeat(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
+        grad = to_channels_last(grad)
         layout = _layout(grad)
-        grad = layout.dense(grad)
         out = layout.empty(grad, 1)
         _squeezes().over_steps(layout, grad, out)
         return out, None

@@ -21,18 +21,15 @@ MAX_TAPS = 9
 _FAST = {"reassoc", "contract", "nsz"}
 
 
-@functools.cache
-def _adder(taps: int) -> Any:
-    """out[i] += weight[0] x[i] + weight[1] x[i + 1] + ..., unrolled over the taps."""
-
-    def add(out, x, weight, n):  # type: ignore[no-untyped-def]
-        for i in range(n):
-            total = out[i]
-            for b in range(taps):
-                total += weight[b] * x[i + b]
-            out[i] = total
-
-    return njit(error_model="numpy", forceinline=True, fastmath=_FAST)(bare(add))
+@njit(error_model="numpy", forceinline=True, fastmath=_FAST)
+@bare
+def _add(out: Any, x: Any, weight: Any, n: int, taps: int) -> None:
+    """out[i] += weight[0] x[i] + weight[1] x[i + 1] + ..., unrolled over the taps, a constant of the pass."""
+    for i in range(n):
+        total = out[i]
+        for b in range(taps):
+            total += weight[b] * x[i + b]
+        out[i] = total
 
 
 @njit(error_model="numpy", forceinline=True, fastmath=_FAST)
@@ -47,7 +44,6 @@ def _dot(x: Any, y: Any, n: int, nil: Any) -> Any:
 @functools.cache
 def _forward(dtype: torch.dtype, taps: int) -> Any:
     item, item_np, size = _types(dtype)
-    add = _adder(taps)
 
     def forward(begin, end, context):  # type: ignore[no-untyped-def]
         a = carray(context, 20)
@@ -72,7 +68,7 @@ def _forward(dtype: torch.dtype, taps: int) -> Any:
             for k in range(2):
                 for tap in range(0, K * K, taps):
                     shift = (k * (H + K) + tap // K) * wide + tap % K
-                    add(total, padded[shift:], weight[k * K * K + tap :], n)
+                    _add(total, padded[shift:], weight[k * K * K + tap :], n, taps)
             out = carray(pointer(a[8] + image * H * W * size, item), H * W)
             for h in range(H):
                 for i in range(W):
@@ -84,7 +80,6 @@ def _forward(dtype: torch.dtype, taps: int) -> Any:
 @functools.cache
 def _backward(dtype: torch.dtype, taps: int) -> Any:
     item, item_np, size = _types(dtype)
-    add = _adder(taps)
 
     def backward(begin, end, context):  # type: ignore[no-untyped-def]
         a = carray(context, 20)
@@ -120,7 +115,7 @@ def _backward(dtype: torch.dtype, taps: int) -> Any:
                 for k in range(2):
                     for tap in range(0, K * K, taps):
                         shift = (k * (H + K) + tap // K) * wide + tap % K
-                        add(grads[shift:], before, weight[k * K * K + tap :], longer)
+                        _add(grads[shift:], before, weight[k * K * K + tap :], longer, taps)
                         for b in range(taps):
                             grad_weight[k * K * K + tap + b] += _dot(padded[shift + b :], grad, n, nil)
                 for k in range(2):

@@ -13,13 +13,13 @@ from spikegen.kernels.numba_tools import (
     ITEM,
     ONE,
     WIDTH,
-    by_pixel,
     compiled,
     inlined,
     load,
     pointer,
     reducing,
     store,
+    to_lanes,
 )
 
 
@@ -74,7 +74,7 @@ def backward_pass(
     # Places in the scratch, in widths. All in one array, and the work cut into short loops over few pointers: LLVM
     # vectorises a loop only where it can tell at once that what it writes is not what it reads.
     SCALE, SHIFT, BETA, THRESHOLD, K1, K2, STATE, TOTAL, SUM_X, SUM, SUM_BETA, SUM_THRESHOLD = range(12)
-    G, X, OUT, CURRENT, ALL = range(12, 17)
+    G, X, OUT, CURRENT, GATE, ALL = range(12, 18)
 
     def backward(begin, end, context):  # type: ignore[no-untyped-def]
         a = carray(context, ARGUMENTS)
@@ -112,11 +112,13 @@ def backward_pass(
                         if scaled:
                             scale = carray(pointer(a[17] + ((t * R + r) * L + first) * wide_size, wide), n)
                             shift = carray(pointer(a[17] + (((T + t) * R + r) * L + first) * wide_size, wide), n)
+                            if placed:
+                                gates = carray(pointer(a[18] + ((t * R + r) * P + p) * tile * wide_size, wide), tile)
+                                to_lanes(gates, w[GATE * W : ALL * W], n // tile)
                             for i in range(n):
-                                w[CURRENT * W + i] = load(x[i]) * scale[i] + shift[i]
-                        if placed:
-                            gates = carray(pointer(a[18] + ((t * R + r) * P + p) * tile * wide_size, wide), tile)
-                            by_pixel(w[CURRENT * W : ALL * W], gates, n // tile)
+                                gate = w[GATE * W + i] if placed else unit
+                                value = (load(x[i]) * scale[i] + shift[i]) * gate
+                                w[CURRENT * W + i] = load(store(value, like))
                         for i in range(n):
                             threshold = w[THRESHOLD * W + i]
                             current = w[CURRENT * W + i] if scaled else load(x[i])
@@ -185,17 +187,16 @@ def backward_pass(
                                     grads, values, scale[k * m :], shift[k * m :], m, nil
                                 )
                             gates = carray(pointer(a[18] + ((t * R + r) * P + p) * tile * wide_size, wide), tile)
-                            by_pixel(w[OUT * W : CURRENT * W], gates, m)
+                            to_lanes(gates, w[GATE * W : ALL * W], m)
                         if scaled:
                             scale = carray(pointer(a[17] + ((t * R + r) * L + first) * wide_size, wide), n)
                             of_scale = image_sums[t * W : (t + 1) * W]
                             of_shift = image_sums[(T + t) * W : (T + t + 1) * W]
                             for i in range(n):
-                                grad = w[OUT * W + i]
+                                grad = w[OUT * W + i] * (w[GATE * W + i] if placed else unit)
                                 of_scale[i] += grad * w[X * W + i]
                                 of_shift[i] += grad
-                            for i in range(n):
-                                w[OUT * W + i] *= scale[i]
+                                w[OUT * W + i] = grad * scale[i]
                         if write and not once:
                             out = carray(pointer(a[14] + ((t * R + r) * P * L + place) * size, item), n)
                             for i in range(n):

@@ -20,13 +20,14 @@ from spikegen.kernels.numba_tools import (
     ONE,
     WIDTH,
     addresses,
-    by_pixel,
     compiled,
     cut,
     load,
     pointer,
     pool,
     run,
+    store,
+    to_lanes,
 )
 from spikegen.kernels.passes_numba import gate, gate_backward, gate_bits, gate_bits_backward, moments
 
@@ -66,6 +67,7 @@ def _forward(
         local = np.empty(4 * W, wide_np)  # scale, shift, beta, threshold
         state = np.empty(W, wide_np)
         currents = np.empty(W, wide_np)
+        gate_of_lanes = np.empty(W, wide_np)
         counts = np.empty(T * W if rated else 1, wide_np)
         byte = np.empty(W, np.uint8)  # of up to eight steps' spikes, a bit each
         nil = carray(pointer(a[15], wide), 6)[5]
@@ -92,11 +94,13 @@ def _forward(
                         if scaled:
                             scale = carray(pointer(a[17] + ((t * R + r) * L + first) * wide_size, wide), n)
                             shift = carray(pointer(a[17] + (((T + t) * R + r) * L + first) * wide_size, wide), n)
+                            if placed:
+                                gates = carray(pointer(a[18] + ((t * R + r) * P + p) * tile * wide_size, wide), tile)
+                                to_lanes(gates, gate_of_lanes, n // tile)
                             for i in range(n):
-                                currents[i] = load(x[i]) * scale[i] + shift[i]
-                        if placed:
-                            gates = carray(pointer(a[18] + ((t * R + r) * P + p) * tile * wide_size, wide), tile)
-                            by_pixel(currents, gates, n // tile)
+                                gate = gate_of_lanes[i] if placed else unit
+                                value = (load(x[i]) * scale[i] + shift[i]) * gate
+                                currents[i] = load(store(value, one))  # rounded, as currents in memory are
                         if packed and t & 7 == 0:
                             for i in range(n):
                                 byte[i] = 0

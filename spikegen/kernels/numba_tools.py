@@ -4,6 +4,7 @@ import ctypes
 import functools
 import hashlib
 import inspect
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -114,17 +115,17 @@ def whole(n: int) -> int:
 
 
 @inlined
-def by_pixel(values: Any, gates: Any, channels: int) -> None:
-    """Multiply the channels of every pixel by its gate."""
+def to_lanes(gates: Any, lanes: Any, channels: int) -> None:
+    """Write the gate of every pixel for each of its channels."""
     for k in range(len(gates)):
         gate = gates[k]
         for i in range(channels):
-            values[k * channels + i] *= gate
+            lanes[k * channels + i] = gate
 
 
 # ---- the passes, as functions of (first item, last item, arguments) for torch's thread pool --------------------------
 
-_VERSION = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
+_VERSION = hashlib.sha256(inspect.getsource(sys.modules[__name__]).encode()).hexdigest()[:8]
 SIGNATURE = types.void(types.int64, types.int64, types.CPointer(types.int64))
 ITEM = {torch.bfloat16: types.uint16, torch.float32: types.float32, torch.float64: types.float64}
 ONE = {torch.bfloat16: np.uint16(0x3F80), torch.float32: np.float32(1), torch.float64: np.float64(1)}
