@@ -13,10 +13,13 @@ import torch
 from numba import carray, njit, types
 from torch import Tensor
 
-from spikegen.kernels.numba_tools import CHUNKS, VECTORS, addresses, bare, compiled, pointer, run, whole
+from spikegen.kernels.numba_tools import CHUNKS, addresses, bare, compiled, inlined, pointer, run
 
 MAX_TAPS = 9
 """Of a row, that a loop is unrolled over."""
+
+VECTORS = 64
+"""Numbers that a loop takes in one turn: LLVM leaves those over to a loop of its own, one after another."""
 
 _FAST = {"reassoc", "contract", "nsz"}
 
@@ -41,6 +44,12 @@ def _dot(x: Any, y: Any, n: int, nil: Any) -> Any:
     return total
 
 
+@inlined
+def _whole(n: int) -> int:
+    """The least multiple of VECTORS that is no less."""
+    return (n + VECTORS - 1) // VECTORS * VECTORS
+
+
 @functools.cache
 def _forward(dtype: torch.dtype, taps: int) -> Any:
     item, item_np, size = _types(dtype)
@@ -49,7 +58,7 @@ def _forward(dtype: torch.dtype, taps: int) -> Any:
         a = carray(context, 20)
         N, H, W, K, chunk = a[0], a[1], a[2], a[3], a[4]
         wide, half = W + K - 1, K // 2
-        n = whole(H * wide)
+        n = _whole(H * wide)
         given = carray(pointer(a[7], item), 2 * K * K)
         weight = np.empty(2 * K * K, item_np)
         for i in range(2 * K * K):
@@ -85,7 +94,7 @@ def _backward(dtype: torch.dtype, taps: int) -> Any:
         a = carray(context, 20)
         N, H, W, K, chunk = a[0], a[1], a[2], a[3], a[4]
         wide, half = W + K - 1, K // 2
-        n, longer = whole(H * wide), whole(H * wide + taps - 1)
+        n, longer = _whole(H * wide), _whole(H * wide + taps - 1)
         nil = carray(pointer(a[12], item), 1)[0]
         given = carray(pointer(a[7], item), 2 * K * K)
         weight = np.empty(2 * K * K, item_np)  # every row of taps from its last to its first

@@ -19,9 +19,6 @@ from torch import Tensor
 WIDTH = 512
 """Lanes of a block, and that places are merged up to: many vectors, but few enough to stay in the cache."""
 
-VECTORS = 64
-"""Numbers that a loop takes in one turn: LLVM leaves those over to a loop of its own, one after another."""
-
 ARGUMENTS = 22
 """That a pass is given at most."""
 
@@ -106,12 +103,6 @@ def bare(function: Callable[..., Any]) -> Any:
 def reducing(function: Callable[..., Any]) -> Any:
     """A function for the passes to call, whose sums have the compiler's order, so that they take whole vectors."""
     return njit(error_model="numpy", forceinline=True, fastmath={"reassoc"})(bare(function))
-
-
-@inlined
-def whole(n: int) -> int:
-    """The least multiple of VECTORS that is no less."""
-    return (n + VECTORS - 1) // VECTORS * VECTORS
 
 
 @inlined
