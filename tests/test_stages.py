@@ -8,7 +8,7 @@ from spikegen.attention import TCJA, TCJASpec
 from spikegen.kernels import attended, gated_scan
 from spikegen.kernels.engines import fused_engine
 from spikegen.multi_attention import MASpec
-from spikegen.neurons import LIFSpec
+from spikegen.neurons import LIF, LIFSpec
 from spikegen.stages import StageSpec, dense_stage, down_stage, fold_time, up_stage
 from spikegen.stepping import Stepper
 from spikegen.threshold_norm import ThresholdNorm
@@ -220,6 +220,21 @@ def test_the_scan_gates_its_spikes_where_there_will_be_a_backward_and_nowhere_el
         assert not calls
         module(x)
         assert len(calls) == expected
+
+
+@pytest.mark.parametrize("spec", [TCJASpec(), MASpec(kind="tcsa", kernel=3)], ids=str)
+def test_a_neuron_whose_fire_is_another_ones_is_called(spec):
+    class Silent(LIF):
+        def fire(self, current, norm, steps):
+            spikes, rate = super().fire(current, norm, steps)
+            return 0 * spikes, 0 * rate
+
+    stage = stages(spec.build(6, 4))["down"][0].to(memory_format=torch.channels_last)
+    stage.norm.scale *= 5  # gates on currents make them small
+    x = (torch.randn(6, 2, 8, 6, 3) * 2).movedim(-1, 2)
+    assert stage(x)[0].any()
+    stage.neuron = Silent(NEURON)
+    assert not stage(x)[0].any()
 
 
 @pytest.mark.skipif(fused_engine(torch.device("cpu"), torch.float32) is None, reason="no fused engine here")

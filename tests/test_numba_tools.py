@@ -1,0 +1,59 @@
+"""What numba compiles is kept, and found again if nothing that it is made of has changed."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+numba = pytest.importorskip("numba")
+
+from spikegen.kernels import numba_tools  # noqa: E402
+
+
+def test_what_other_helpers_were_inlined_into_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+
+    def compile_one() -> None:
+        def nothing(begin, end, context):  # type: ignore[no-untyped-def]
+            pass
+
+        numba_tools.compiled(nothing)
+
+    kept: list[set[Path]] = []
+    for version in ("one", "one", "two"):
+        monkeypatch.setattr(numba_tools, "_VERSION", version)
+        compile_one()
+        kept.append(set(tmp_path.rglob("*.nbc")))
+    assert [len(files) for files in kept] == [1, 1, 2]
+
+
+def test_the_largest_float_is_the_largest_integer() -> None:
+    """Of both signs, zeros and infinities."""
+    numbers = [-float("inf"), -3.5, -1e-40, -0.0, 0.0, 1e-40, 2.0, float("inf")]
+    key: Any = numba.njit(lambda x: numba_tools.ordered(x))
+    for float_, integer in ((np.float32, np.int32), (np.float64, np.int64)):
+        keys = [key(float_(x)) for x in numbers]
+        assert keys == sorted(keys)
+        assert len(set(keys)) == len(numbers)
+        assert [key(integer(k)) for k in keys] == [float_(x) for x in numbers]
+
+
+@pytest.mark.slow
+def test_what_is_compiled_is_kept_for_the_next_process(tmp_path: Path) -> None:
+    code = (
+        "import torch; from spikegen.kernels import attending as a; x = torch.rand(2, 1, 1, 4, 4).requires_grad_();"
+        "a.convolve(x, x, torch.rand(1, 2, 3, 3)).sum().backward();"
+        "y = torch.rand(2, 3, 4, 4, 5).movedim(-1, 2).requires_grad_();"
+        "s = a.squeeze(y, torch.ones(5)); a.squeeze_channels(s.y, s.mean.float(), s.most)[1].sum().backward()"
+    )
+    kept = []
+    for _ in range(2):
+        environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+        subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+        kept.append(sorted(tmp_path.rglob("*.nbc")))
+    assert len(kept[0]) == 6
+    assert kept[0] == kept[1]
