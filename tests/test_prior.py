@@ -263,6 +263,7 @@ def test_every_parameter_learns(values):
             assert parameter.grad.abs().sum() > 0, name
 
 
+@pytest.mark.slow
 def test_it_learns_bits_that_agree():
     """All bits of an image are the same coin: once one is seen the others are certain."""
     prior = MaskedSpec(channels=16, heads=2, blocks=2, attend_every=2, passes=BITS).build(STEPS, GRID, 0, "auto")
