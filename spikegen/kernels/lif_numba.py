@@ -203,8 +203,7 @@ def backward(
     pointers = [constants, x, None, gates, grad_spikes, share, out, numbers, parts]
     pointers += [scaling, places, *(of_scaling or (None, None))]
     once = layout.steps > len(x)  # all steps share one current, whose gradient is their sum
-    rated, gated = share is not None, gates is not None
     flags = out is not None, sums, sums and constants_too, once, scaling is not None, places is not None
-    function = backward_pass(x.dtype, zero, affine, rated, gated, kind, *flags)
+    function = backward_pass(x.dtype, zero, affine, kind, *flags)
     run(function, blocks * chunks, [*layout.numbers, blocks, chunk, *addresses(pointers), layout.tile])
     return None if parts is None else parts.sum(0)
