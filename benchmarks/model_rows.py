@@ -57,7 +57,8 @@ def peer_step(model: nn.Module, loss: Callable[[], Tensor], config: Config) -> W
 
 def train(setting: Setting) -> Iterator[Line]:
     """A training step of the paper's network, T = 16."""
-    config, batch = fsvae(setting), 4 if setting.quick else 32
+    config = fsvae(setting)
+    batch = 4 if setting.quick else config.training.batch_size if setting.device == "cuda" else 32
     check_models(config, setting)
     ours = {bf16: build(config, setting.device).train() for bf16 in (False, True)}
     image = images(ours[False], batch)

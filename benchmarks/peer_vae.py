@@ -132,7 +132,7 @@ class PeerVAE(nn.Module):
     def predict(self, spikes: Tensor) -> Prior:
         """The prior of the posterior's bits, some replaced by its own from `scheduled_from` on in training."""
         inputs = previous(spikes)
-        coins = torch.rand(len(spikes)) < (self.latent.scheduled[1] if self.training else 0.0)
+        coins = torch.rand(len(spikes), device=spikes.device) < (self.latent.scheduled[1] if self.training else 0.0)
         coins[: self.latent.scheduled_from] = False
         if coins[:-1].any():
             inputs = self.scheduled(spikes, coins.tolist())

@@ -45,7 +45,7 @@ def training_step(
 ) -> Work:
     """The step of `spikegen.training` less clipping and averaging: autocast around the forward pass, fused AdamW.
 
-    On a CUDA device the passes are a recorded graph where training's are.
+    On a CUDA device the passes are a recorded graph, as training's are.
     """
 
     def loss(image: Tensor, label: Tensor | None) -> Tensor:
@@ -58,7 +58,7 @@ def training_step(
         return total_loss(classifier_parts(output, F.one_hot(label, len(model.classes)).float(), spec))
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.training.lr, fused=True)
-    if setting.device != "cuda" or (isinstance(model, SpikingVAE) and not model.latent.steady):
+    if setting.device != "cuda":
         return step(lambda: loss(image, label), optimizer)
 
     def passes(image: Tensor, label: Tensor | None) -> dict[str, Tensor]:

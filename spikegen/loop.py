@@ -67,13 +67,11 @@ class Phase:
     module: nn.Module
     average: AveragedModel
     product: SpikingVAE | SpikingClassifier
-    loss: Callable[[nn.Module, Tensor, Tensor | None, float], Parts]
+    loss: Callable[[nn.Module, Tensor, Tensor | None, Tensor], Parts]
     """Of (the module as prepared for these processes, images, labels or targets, progress): as `loss_parts`."""
     evaluate: Callable[[], dict[str, float]]
     prepare: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]] = lambda image, label: (image, label)
     """Applied to a batch before the recorded passes: whatever draws on the CPU belongs here."""
-    steady: bool = True
-    """Whether every step does the same on the device, whatever the progress: a CUDA graph can then replay it."""
     kept: Callable[[], State] = field(default=dict)
     """What of the phases before a checkpoint has to hold."""
 
@@ -154,9 +152,10 @@ class _Trainer:
         self.wrapped, self.optimizer = accelerator.prepare(phase.module, optimizer)
         self.wrapped.train()
         self.recorded: RecordedPass | None = None
-        graphs = session.config.training.cuda_graphs and phase.steady and accelerator.num_processes == 1
+        self.progress = torch.zeros((), device=accelerator.device)  # where a recorded pass reads it
+        graphs = session.config.training.cuda_graphs and accelerator.num_processes == 1
         if graphs and accelerator.device.type == "cuda":
-            self.recorded = RecordedPass(partial(self._pass, progress=1.0), accelerator.device)
+            self.recorded = RecordedPass(self._pass, accelerator.device)
 
     @property
     def seen(self) -> int:
@@ -177,21 +176,22 @@ class _Trainer:
         part = slice(rank * share, (rank + 1) * share)
         batch = training_batch(session.train_set, session.config, self.seen, settings.batch_size, device, part)
         batch, progress = phase.prepare(*batch), self.step / phase.steps
+        self.progress.fill_(progress)
         for group in self.optimizer.param_groups:
             group["lr"] = settings.lr * group["factor"] * lr_factor(settings, progress)
-        parts = self.recorded(*batch) if self.recorded else self._pass(*batch, progress=progress)
+        parts = (self.recorded or self._pass)(*batch)
         self.optimizer.step()
         phase.average.update_parameters(phase.module)
         self.meter.add({name: part for name, part in parts.items() if name != "norm"}, settings.batch_size)
         _require_finite(parts, self.step, session.run, SECTIONS[self.phase.number])  # last: a GPU is waited for here
         self.step += 1
 
-    def _pass(self, image: Tensor, label: Tensor | None, progress: float) -> Parts:
+    def _pass(self, image: Tensor, label: Tensor | None) -> Parts:
         """Forward and backward: the terms, `loss`, and the `norm` of the gradients before they were clipped."""
         settings, accelerator = self.phase.settings, self.session.accelerator
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
-            parts = self.phase.loss(self.wrapped, image, label, progress)
+            parts = self.phase.loss(self.wrapped, image, label, self.progress)
         loss = total_loss(parts)
         accelerator.backward(loss)
         norm = nn.utils.clip_grad_norm_(self.wrapped.parameters(), settings.clip or math.inf)

@@ -43,7 +43,7 @@ def autoencoder_phase(session: Session, model: SpikingVAE) -> Phase:
     if judge is not None:
         judge.to(session.accelerator.device)
 
-    def loss(wrapped: nn.Module, image: Tensor, label: Tensor | None, progress: float) -> Parts:
+    def loss(wrapped: nn.Module, image: Tensor, label: Tensor | None, progress: Tensor) -> Parts:
         output = wrapped(image, label, progress=progress)
         with torch.autocast(image.device.type, enabled=False):
             return loss_parts(output, image, label, spec, judge)
@@ -51,7 +51,6 @@ def autoencoder_phase(session: Session, model: SpikingVAE) -> Phase:
     return Phase(
         0, config.training, len(session.train_set), 0, model, average, averaged, loss,
         lambda: _evaluate(averaged, session, config.training.precision),
-        steady=model.latent.steady,
     )  # fmt: skip
 
 
@@ -69,7 +68,7 @@ def classifier_phase(session: Session, model: SpikingClassifier) -> Phase:
         target = F.one_hot(label, len(model.classes)).float()
         return (image, target) if settings.augment is None else augment(settings.augment, image, target, empty)
 
-    def loss(wrapped: nn.Module, image: Tensor, target: Tensor | None, progress: float) -> Parts:
+    def loss(wrapped: nn.Module, image: Tensor, target: Tensor | None, progress: Tensor) -> Parts:
         assert target is not None
         output = wrapped(image)
         with torch.autocast(image.device.type, enabled=False):
@@ -126,7 +125,7 @@ def prior_phase(session: Session, vae: SpikingVAE, settings: PriorConfig, seen: 
     average = MovingAverage(prior, settings.ema)
     averaged = vae.prior = cast(MaskedPrior, average.module)
 
-    def loss(wrapped: nn.Module, image: Tensor, label: Tensor | None, progress: float) -> Parts:
+    def loss(wrapped: nn.Module, image: Tensor, label: Tensor | None, progress: Tensor) -> Parts:
         with torch.no_grad():
             bits = vae.eval().encode(image, seed=None).spikes  # drawn anew at every step
         entropy = wrapped(bits)
@@ -169,7 +168,7 @@ def refining_phase(
         "penalty": settings.penalty / 2,
     }
 
-    def loss(wrapped: nn.Module, image: Tensor, label: Tensor | None, progress: float) -> Parts:
+    def loss(wrapped: nn.Module, image: Tensor, label: Tensor | None, progress: Tensor) -> Parts:
         which = torch.randint(spikes.shape[1], (len(image),), device=spikes.device)
         drawn = None if labels is None else labels[which]
         parts, samples = wrapped(image, label if conditional else None, spikes[:, which].to(image.dtype), drawn)

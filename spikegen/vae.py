@@ -20,7 +20,7 @@ from spikegen.encoding import DirectSpec, EncodingSpec
 from spikegen.graphs import Call, recorded
 from spikegen.heads import Head, HeadSpec
 from spikegen.kernels import Engine
-from spikegen.latents import BernoulliSpec, GaussianPosterior, Latent, Posterior, Prior
+from spikegen.latents import BernoulliSpec, GaussianPosterior, Latent, Posterior, Prior, Progress
 from spikegen.neurons import LIFSpec, Neuron
 from spikegen.prior import MaskedPrior, MaskedSpec
 from spikegen.readouts import MembraneSpec, Readout
@@ -151,7 +151,7 @@ class SpikingVAE(nn.Module, PyTorchModelHubMixin):
         image: Float[Tensor, "B C H W"],
         label: Int64[Tensor, " B"] | None = None,
         *,
-        progress: float = 1.0,
+        progress: Progress = 1.0,
         seed: int = 0,
     ) -> VAEOutput:
         """Encode, draw, decode and classify; `progress` in [0, 1] is how much of training is done."""

@@ -106,6 +106,8 @@ def test_a_pass_that_waits_for_the_device_is_not_recorded():
 
 PHASES = {
     "autoencoder": {},
+    "bernoulli": {"model__latent": {"kind": "bernoulli", "size": 8, "candidates": 5, "scheduled_from": 1}}
+    | {"model__conditional": False, "training__losses": {"prior": "mmd"}},
     "poisson": {
         "model__latent": {"kind": "poisson", "size": 8},
         "model__conditional": False,

@@ -3,8 +3,9 @@
 A latent is built for the encoder's features [C, H, W] and has
 `infer(features, uniform)` the posterior's draw; `predict(spikes, label, progress)` the prior's view of it;
 `sample(uniform, label)` a draw from the prior; `noise_shape(T)` what uniform numbers an image's draws take;
-`expand_stage(...)` the decoder's first stage, from spikes of `shape`; `size` numbers a step; `steady`, whether it does
-the same on the device at every step of training.
+`expand_stage(...)` the decoder's first stage, from spikes of `shape`; `size` numbers a step. On a
+CUDA device training records what these do once (`spikegen/graphs.py`): nothing there may wait for the device, nor ask
+what a number is.
 """
 
 from typing import Annotated
@@ -12,7 +13,7 @@ from typing import Annotated
 from pydantic import Field
 
 from spikegen.latents.bernoulli import Bernoulli, BernoulliSpec
-from spikegen.latents.distributions import GaussianPosterior, Posterior, Prior
+from spikegen.latents.distributions import GaussianPosterior, Posterior, Prior, Progress
 from spikegen.latents.gaussian import Gaussian, GaussianSpec
 from spikegen.latents.poisson import Poisson, PoissonSpec
 from spikegen.latents.spatial import Spatial, SpatialSpec
@@ -34,5 +35,6 @@ __all__ = [
     "PoissonSpec",
     "Posterior",
     "Prior",
+    "Progress",
     "SpatialSpec",
 ]

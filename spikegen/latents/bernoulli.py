@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from spikegen.kernels import Engine
-from spikegen.latents.distributions import Posterior, Prior
+from spikegen.latents.distributions import Posterior, Prior, Progress
 from spikegen.neurons import NeuronSpec
 from spikegen.spec import Spec, UserError
 from spikegen.stages import Stage, dense_stage, fold_time
@@ -46,8 +46,6 @@ class BernoulliSpec(Spec):
 
 class Bernoulli(nn.Module):
     """See BernoulliSpec. Networks as in FSVAE: 2D -> 2D -> 4D -> kD for q, D -> 2D -> 4D -> kD for p."""
-
-    steady = False  # scheduled sampling: coins, and a chance that rises
 
     def __init__(self, spec: BernoulliSpec, features: int, neuron: NeuronSpec, engine: Engine, num_labels: int):
         super().__init__()
@@ -89,7 +87,7 @@ class Bernoulli(nn.Module):
         return Posterior(spikes, rate)
 
     def predict(
-        self, spikes: Float[Tensor, "T B D"], label: Int64[Tensor, " B"] | None = None, progress: float = 1.0
+        self, spikes: Float[Tensor, "T B D"], label: Int64[Tensor, " B"] | None = None, progress: Progress = 1.0
     ) -> Prior:
         """The prior's view of bits drawn from the posterior; `progress` in [0, 1] is how much of training is done."""
         inputs = self._prior_inputs(spikes.detach(), label, progress)
@@ -120,20 +118,22 @@ class Bernoulli(nn.Module):
         return torch.stack(spikes), torch.stack(rates)
 
     @torch.no_grad()
-    def _prior_inputs(self, spikes: Tensor, label: Tensor | None, progress: float) -> Tensor:
+    def _prior_inputs(self, spikes: Tensor, label: Tensor | None, progress: Progress) -> Tensor:
         """z_{t-1} for every t: the posterior's, with some of the prior's own where sampling is scheduled."""
+        if not self.training:
+            return _previous(spikes)
         start, end = self.spec.scheduled
-        chance = (start + (end - start) * progress) if self.training else 0.0
-        coins = torch.rand(len(spikes)) < chance
+        coins = torch.rand(len(spikes), device=spikes.device) < start + (end - start) * progress
         coins[: self.spec.scheduled_from] = False
-        if not coins[:-1].any():
+        # Elsewhere whether there is one is not asked: a device would be waited for, and a CUDA graph has no branches.
+        if coins.device.type == "cpu" and not coins[:-1].any():
             return _previous(spikes)
         step = Stepper(self.prior)
         z, inputs = torch.zeros_like(spikes[0]), []
-        for own, coin in zip(spikes, coins.tolist(), strict=True):
+        for own, coin in zip(spikes, coins, strict=True):
             inputs.append(z)
             rate = self._candidates(step(self._with_label(z, label))).mean(-1)
-            z = (rate + 1e-3 * torch.randn_like(rate) > 0.5).to(own.dtype) if coin else own
+            z = torch.where(coin, (rate + 1e-3 * torch.randn_like(rate) > 0.5).to(own.dtype), own)
         return torch.stack(inputs)
 
     def _direct(self, features: Tensor) -> Tensor | None:

@@ -5,6 +5,9 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
+Progress = float | Float[Tensor, ""]
+"""How much of training is done, in [0, 1]."""
+
 
 @dataclass(frozen=True)
 class Posterior:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from spikegen.draws import standard_normal
 from spikegen.kernels import Engine
-from spikegen.latents.distributions import GaussianPosterior
+from spikegen.latents.distributions import GaussianPosterior, Progress
 from spikegen.neurons import NeuronSpec
 from spikegen.spec import Spec, UserError
 from spikegen.stages import Stage, dense_stage
@@ -34,8 +34,6 @@ class GaussianSpec(Spec):
 class Gaussian(nn.Module):
     """See GaussianSpec."""
 
-    steady = True
-
     def __init__(self, spec: GaussianSpec, shape: tuple[int, int, int]):
         super().__init__()
         self.size, self.shape = spec.size, (spec.size,)
@@ -58,7 +56,7 @@ class Gaussian(nn.Module):
         return GaussianPosterior(z.to(features.dtype).expand(len(uniform), *z.shape), mean, log_var)
 
     def predict(
-        self, spikes: Float[Tensor, "T B D"], label: Int64[Tensor, " B"] | None = None, progress: float = 1.0
+        self, spikes: Float[Tensor, "T B D"], label: Int64[Tensor, " B"] | None = None, progress: Progress = 1.0
     ) -> None:
         """N(0, I) has nothing to say that the loss does not know."""
         return

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from spikegen.draws import standard_normal
 from spikegen.kernels import Engine
-from spikegen.latents.distributions import Posterior, Prior
+from spikegen.latents.distributions import Posterior, Prior, Progress
 from spikegen.neurons import NeuronSpec
 from spikegen.spec import Spec, UserError
 from spikegen.stages import Stage, dense_stage
@@ -53,8 +53,6 @@ class RateSpike(torch.autograd.Function):
 class Poisson(nn.Module):
     """See PoissonSpec."""
 
-    steady = True
-
     def __init__(self, spec: PoissonSpec, shape: tuple[int, int, int], neuron: NeuronSpec, engine: Engine):
         super().__init__()
         self.size, self.shape = spec.size, (spec.size,)
@@ -76,7 +74,7 @@ class Poisson(nn.Module):
         return Posterior(RateSpike.apply(rate, uniform[1:].to(rate.dtype)).to(encoded.dtype), rate)
 
     def predict(
-        self, spikes: Float[Tensor, "T B D"], label: Int64[Tensor, " B"] | None = None, progress: float = 1.0
+        self, spikes: Float[Tensor, "T B D"], label: Int64[Tensor, " B"] | None = None, progress: Progress = 1.0
     ) -> Prior:
         """Rates of as many draws from the prior; the same ones at every call in evaluation."""
         shape, device = spikes.shape[1:], spikes.device

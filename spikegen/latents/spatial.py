@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from spikegen.kernels import Engine
-from spikegen.latents.distributions import Posterior, Prior
+from spikegen.latents.distributions import Posterior, Prior, Progress
 from spikegen.neurons import NeuronSpec
 from spikegen.spec import Spec, UserError
 from spikegen.stages import Stage, fold_time, same_stage
@@ -50,8 +50,6 @@ class Coin(torch.autograd.Function):
 class Spatial(nn.Module):
     """See SpatialSpec."""
 
-    steady = True
-
     def __init__(self, spec: SpatialSpec, shape: tuple[int, int, int], num_steps: int, num_labels: int):
         super().__init__()
         self.shape = (spec.channels, *shape[1:])
@@ -74,7 +72,7 @@ class Spatial(nn.Module):
         return Posterior(Coin.apply(rate, uniform.to(rate.dtype)).to(features.dtype), rate)
 
     def predict(
-        self, spikes: Float[Tensor, "T B D"], label: Int64[Tensor, " B"] | None = None, progress: float = 1.0
+        self, spikes: Float[Tensor, "T B D"], label: Int64[Tensor, " B"] | None = None, progress: Progress = 1.0
     ) -> Prior:
         """The prior's view of bits drawn from the posterior, of each step given those before."""
         return Prior(self.prior(spikes, label))
