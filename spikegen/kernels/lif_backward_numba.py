@@ -61,7 +61,6 @@ def backward_pass(
     constants_too: bool,
     once: bool,
     scaled: bool,
-    placed: bool,
 ) -> Any:
     """The pass for these; see `lif_numba.backward`, which calls it."""
     item, one, size = ITEM[dtype], ONE[dtype], dtype.itemsize
@@ -80,7 +79,7 @@ def backward_pass(
         constants = carray(pointer(a[8], wide), (6, L))
         tile = a[21]
         # Asked for outside the loops over lanes, where that costs nothing: a pass less to compile for each.
-        gated, rated = a[11] != 0, a[13] != 0
+        gated, rated, placed = a[11] != 0, a[13] != 0, a[18] != 0
         image_sums = np.empty(2 * T * W if scaled else 1, wide_np)  # dL/dscale, dL/dshift of an image at every step
         w = np.empty(ALL * W, wide_np)
         mems = np.empty((T + 1) * W, wide_np)  # U[-1] = 0, U[0], ..., U[T-1]
@@ -96,6 +95,7 @@ def backward_pass(
                 w[i] = nil
             for i in range(n):
                 mems[i] = nil
+                w[GATE * W + i] = unit
             for r in range((job // blocks) * chunk, min(R, (job // blocks + 1) * chunk)):
                 if scaled:
                     for i in range(2 * T * W):
@@ -116,8 +116,7 @@ def backward_pass(
                                 gates = carray(pointer(a[18] + ((t * R + r) * P + p) * tile * wide_size, wide), tile)
                                 to_lanes(gates, w[GATE * W : ALL * W], n // tile)
                             for i in range(n):
-                                gate = w[GATE * W + i] if placed else unit
-                                value = (load(x[i]) * scale[i] + shift[i]) * gate
+                                value = (load(x[i]) * scale[i] + shift[i]) * w[GATE * W + i]
                                 w[CURRENT * W + i] = load(store(value, like))
                         for i in range(n):
                             threshold = w[THRESHOLD * W + i]
@@ -175,7 +174,7 @@ def backward_pass(
                                     w[OUT * W + i] = grad * w[SCALE * W + i] + w[K1 * W + i] + w[K2 * W + i] * value
                             else:
                                 w[OUT * W + i] = grad
-                        if placed:
+                        if scaled and placed:
                             scale = carray(pointer(a[17] + ((t * R + r) * L + first) * wide_size, wide), n)
                             shift = carray(pointer(a[17] + (((T + t) * R + r) * L + first) * wide_size, wide), n)
                             at = ((job % blocks * T + t) * R + r) * P + p
@@ -193,7 +192,7 @@ def backward_pass(
                             of_scale = image_sums[t * W : (t + 1) * W]
                             of_shift = image_sums[(T + t) * W : (T + t + 1) * W]
                             for i in range(n):
-                                grad = w[OUT * W + i] * (w[GATE * W + i] if placed else unit)
+                                grad = w[OUT * W + i] * w[GATE * W + i]
                                 of_scale[i] += grad * w[X * W + i]
                                 of_shift[i] += grad
                                 w[OUT * W + i] = grad * scale[i]

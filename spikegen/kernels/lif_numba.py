@@ -50,9 +50,7 @@ MAX_STEPS = 2**31
 
 
 @functools.cache
-def _forward(
-    dtype: torch.dtype, packed: bool, zero: bool, affine: bool, rated: bool, scaled: bool, placed: bool
-) -> Any:
+def _forward(dtype: torch.dtype, packed: bool, zero: bool, affine: bool, rated: bool, scaled: bool) -> Any:
     item, one, size = ITEM[dtype], ONE[dtype], dtype.itemsize
     wide, wide_size = (types.float64, 8) if dtype == torch.float64 else (types.float32, 4)
     wide_np = np.float64 if dtype == torch.float64 else np.float32
@@ -66,12 +64,15 @@ def _forward(
         tile = a[21]
         local = np.empty(4 * W, wide_np)  # scale, shift, beta, threshold
         state = np.empty(W, wide_np)
-        currents = np.empty(W, wide_np)
-        gate_of_lanes = np.empty(W, wide_np)
+        currents = np.empty(W if scaled else 1, wide_np)
+        gate_of_lanes = np.empty(W if scaled else 1, wide_np)
         counts = np.empty(T * W if rated else 1, wide_np)
         byte = np.empty(W, np.uint8)  # of up to eight steps' spikes, a bit each
         nil = carray(pointer(a[15], wide), 6)[5]
         unit = carray(pointer(a[15], wide), 6)[0]
+        placed = a[18] != 0  # asked outside the loops over lanes
+        for i in range(len(gate_of_lanes)):
+            gate_of_lanes[i] = unit
         for job in range(begin, end):
             first = (job % blocks) * W
             n = min(W, L - first)
@@ -98,8 +99,7 @@ def _forward(
                                 gates = carray(pointer(a[18] + ((t * R + r) * P + p) * tile * wide_size, wide), tile)
                                 to_lanes(gates, gate_of_lanes, n // tile)
                             for i in range(n):
-                                gate = gate_of_lanes[i] if placed else unit
-                                value = (load(x[i]) * scale[i] + shift[i]) * gate
+                                value = (load(x[i]) * scale[i] + shift[i]) * gate_of_lanes[i]
                                 currents[i] = load(store(value, one))  # rounded, as currents in memory are
                         if packed and t & 7 == 0:
                             for i in range(n):
@@ -169,8 +169,8 @@ def forward(
     blocks, chunk, chunks = cut(layout.rows, layout.lanes)
     numbers = torch.tensor([1, 0, 0, 0, 0, 0], dtype=constants.dtype)
     pointers = [constants, x, spikes, counts, None, None, None, numbers, None, scaling, places, None, None]
-    flags = scaling is not None, places is not None
-    function = _forward(x.dtype, spikes.dtype == torch.uint8, zero, affine, counts is not None, *flags)
+    packed, rated = spikes.dtype == torch.uint8, counts is not None
+    function = _forward(x.dtype, packed, zero, affine, rated, scaling is not None)
     run(function, blocks * chunks, [*layout.numbers, blocks, chunk, *addresses(pointers), layout.tile])
 
 
@@ -203,7 +203,7 @@ def backward(
     pointers = [constants, x, None, gates, grad_spikes, share, out, numbers, parts]
     pointers += [scaling, places, *(of_scaling or (None, None))]
     once = layout.steps > len(x)  # all steps share one current, whose gradient is their sum
-    flags = out is not None, sums, sums and constants_too, once, scaling is not None, places is not None
+    flags = out is not None, sums, sums and constants_too, once, scaling is not None
     function = backward_pass(x.dtype, zero, affine, kind, *flags)
     run(function, blocks * chunks, [*layout.numbers, blocks, chunk, *addresses(pointers), layout.tile])
     return None if parts is None else parts.sum(0)
