@@ -170,7 +170,7 @@ class MultiAttention(nn.Module):
     ) -> attending.Attended:
         """In few passes: the norm and the gates t and c are a scale and a shift, which the squeezed follow."""
         channels, wide = y.shape[2], torch.promote_types(y.dtype, torch.float32)
-        one = torch.ones(channels, dtype=wide)
+        one = torch.ones(channels, dtype=wide, device=y.device)
         squeezed = attending.squeeze(y, one if norm is None else one.copysign(norm.weight.detach().to(wide)))
         shape = steps, y.shape[1], channels
         y = squeezed.y if len(y) == steps else attending.repeat(squeezed.y, steps)

@@ -454,8 +454,9 @@ FOR_A_GPU = """
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from spikegen.kernels import lif_triton as kernels
+from spikegen.kernels import attend_triton as passes, lif_triton as kernels
 
+SIZES = ("R", "P", "L", "T", "time_stride", "row_stride")
 POINTERS = {"constants": "*fp32", "share": "*fp32", "sums": "*fp32", "counts": "*fp32", "gates": "*fp32"}
 
 def build(kernel, floats, bytes=(), **constants):
@@ -463,9 +464,13 @@ def build(kernel, floats, bytes=(), **constants):
         wide = "*fp64" if kernel is kernels._moments else "*fp32"
         if name in constants:
             return "constexpr"
-        if name in ("x", "grads", "out", "spikes"):
+        if name in ("x", "y", "grads", "out", "spikes"):
             return "*u8" if name in bytes else f"*{floats}"
-        return (wide if name == "sums" else POINTERS.get(name)) or ("fp32" if name in "abc" else "i32")
+        if name in ("mean", "square") and kernel is passes._squeeze:
+            return "*fp64"
+        if name in SIZES:
+            return "i32"
+        return (wide if name == "sums" else POINTERS.get(name)) or ("fp32" if name in "abc" else "*fp32")
 
     source = ASTSource(fn=kernel, signature={n: kind(n) for n in kernel.arg_names}, constexprs=constants)
     return compile(source, target=GPUTarget("cuda", 90, 32), options={"enable_fp_fusion": False}).asm["ptx"]
@@ -484,6 +489,11 @@ for floats, cases in (("bf16", ({}, {"R": 1, "L": 1}, {"P": 1, "row_stride": 1, 
         for back, bits in ((False, False), (True, False), (False, True), (True, True)):
             sized = {k: v for k, v in sizes.items() if k in "RPL"}
             build(kernels._gate, floats, ("x",) if bits else (), BACK=back, BITS=bits, **common, **sized)
+        for kernel in (passes._squeeze, passes._squeeze_backward, passes._channels, passes._channels_backward):
+            assert "fma.rn.f32" not in build(kernel, floats, **common, **sizes)
+        for spaced, relu in ((False, True), (True, False)):
+            for kernel in (passes._attend, passes._attend_backward):
+                build(kernel, floats, SPACED=spaced, RELU=relu, **common, **sizes)
 for kind in range(6):
     build(kernels._backward, "bf16", T=2, ZERO=False, AFFINE=False, RATED=False, GATED=False, KIND=kind, WRITE=True,
           SUMS=False, CONSTANTS_TOO=False, ONCE=False, WIDE=tl.float32, PB=4, LB=32)

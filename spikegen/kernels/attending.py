@@ -40,7 +40,7 @@ class Attended(NamedTuple):
 
 def fits(y: Float[Tensor, "T B C *hw"]) -> bool:
     """Whether the functions below take `y`: images, channels last, where the device's fused engine has such passes."""
-    return _numba(y) and y.shape[2] <= _squeezes().MAX_CHANNELS and y[0, 0].movedim(0, -1).is_contiguous()
+    return _engine(y) is not None and y.shape[2] <= _squeezes(y).MAX_CHANNELS and y[0, 0].movedim(0, -1).is_contiguous()
 
 
 def squeeze(y: Float[Tensor, "T B C *hw"], sign: Float[Tensor, " C"]) -> Squeezed:
@@ -78,7 +78,7 @@ def convolve(
     mean: Float[Tensor, "T B 1 H W"], most: Float[Tensor, "T B 1 H W"], weight: Float[Tensor, "1 2 k k"]
 ) -> Float[Tensor, "T B 1 H W"]:
     """The two maps' convolution with an odd kernel, zero-padded to the same size."""
-    if _numba(mean) and mean.dtype == weight.dtype:
+    if _engine(mean) == "numba" and mean.dtype == weight.dtype:
         result: Tensor = _Convolve.apply(mean, most, weight)
         return result
     # channels last: the other way round the CPU takes five times as long for the gradient
@@ -93,7 +93,7 @@ class _Squeeze(torch.autograd.Function):
         most = y.new_empty(y.shape[:3], dtype=_wide(y))
         ties = torch.empty_like(most)
         mean, square = most.new_empty(2, *most.shape, dtype=torch.float64)
-        _squeezes().squeeze(layout, y, sign.to(most.dtype), (mean, square, most, ties))
+        _squeezes(y).squeeze(layout, y, sign.to(most.dtype), (mean, square, most, ties))
         ctx.save_for_backward(y, most, ties)
         return y, mean, square, most
 
@@ -106,7 +106,7 @@ class _Squeeze(torch.autograd.Function):
         numbers = grad_mean / pixels, 2 * grad_square / pixels, most, grad_most / ties
         out = layout.empty(y, len(y))
         given = tuple(k.to(most.dtype).contiguous() for k in numbers)
-        _squeezes().squeeze_backward(layout, y, layout.dense(grad.to(y.dtype)), given, out)
+        _squeezes(y).squeeze_backward(layout, y, layout.dense(grad.to(y.dtype)), given, out)
         return out, None
 
 
@@ -121,7 +121,7 @@ class _Repeat(torch.autograd.Function):
         grad = to_channels_last(grad)
         layout = _layout(grad)
         out = layout.empty(grad, 1)
-        _squeezes().over_steps(layout, grad, out)
+        _squeezes(grad).over_steps(layout, grad, out)
         return out, None
 
 
@@ -130,7 +130,7 @@ class _SqueezeChannels(torch.autograd.Function):
     def forward(ctx: Any, y: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         mean = scale.new_empty(*y.shape[:2], 1, *y.shape[3:])
         most = torch.empty_like(mean)
-        _squeezes().channels(_layout(y), y, scale, shift, mean, most)
+        _squeezes(y).channels(_layout(y), y, scale, shift, mean, most)
         ctx.save_for_backward(y, scale, shift, most)
         return y, mean, most
 
@@ -142,7 +142,7 @@ class _SqueezeChannels(torch.autograd.Function):
         layout = _layout(y)
         grads = grad_mean.contiguous(), grad_most.contiguous(), most, layout.dense(grad.to(y.dtype))
         out = layout.empty(y, len(y)), torch.empty_like(scale), torch.empty_like(shift)
-        _squeezes().channels_backward(layout, y, scale, shift, grads, out)
+        _squeezes(y).channels_backward(layout, y, scale, shift, grads, out)
         return out
 
 
@@ -151,7 +151,7 @@ class _Attend(torch.autograd.Function):
     def forward(ctx: Any, y: Tensor, scale: Tensor, shift: Tensor, gate: Tensor | None, relu: bool) -> Tensor:
         layout = _layout(y)
         out = layout.empty(y, len(y))
-        _passes().attend(layout, y, scale, shift, gate, relu, out)
+        _passes(y).attend(layout, y, scale, shift, gate, relu, out)
         ctx.save_for_backward(y, scale, shift, gate)
         ctx.relu = relu
         return out
@@ -165,7 +165,7 @@ class _Attend(torch.autograd.Function):
         of_gate = None if gate is None else torch.empty_like(gate)
         out = layout.empty(y, len(y)), torch.empty_like(scale), torch.empty_like(shift)
         grad = layout.dense(grad.to(y.dtype))
-        _passes().attend_backward(layout, y, scale, shift, gate, ctx.relu, grad, (of_gate, *out))
+        _passes(y).attend_backward(layout, y, scale, shift, gate, ctx.relu, grad, (of_gate, *out))
         return *out, of_gate, None
 
 
@@ -174,7 +174,7 @@ class _Convolve(torch.autograd.Function):
     def forward(ctx: Any, mean: Tensor, most: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(mean, most, weight)
         out = torch.empty_like(mean, memory_format=torch.contiguous_format)
-        _convolutions().convolve(_maps(mean, most), weight[0].contiguous(), out.flatten(0, 2))
+        _code("conv_numba").convolve(_maps(mean, most), weight[0].contiguous(), out.flatten(0, 2))
         return out
 
     @staticmethod
@@ -183,7 +183,7 @@ class _Convolve(torch.autograd.Function):
         mean, most, weight = ctx.saved_tensors
         out = mean.new_empty(2, *mean.shape)
         maps = tuple(out.flatten(1, 3))
-        grad_weight = _convolutions().convolve_backward(
+        grad_weight = _code("conv_numba").convolve_backward(
             _maps(mean, most), weight[0].contiguous(), grad.contiguous().flatten(0, 2), maps
         )
         return *out, grad_weight.unsqueeze(0)
@@ -201,20 +201,20 @@ def _wide(y: Tensor) -> torch.dtype:
     return torch.promote_types(y.dtype, torch.float32)
 
 
-def _numba(y: Tensor) -> bool:
-    """Whether it is an image or more on the CPU where that engine has its dtype."""
+def _engine(y: Tensor) -> str | None:
+    """The engine whose passes take `y`, an image or more."""
     if torch.compiler.is_compiling() or y.dim() < 4 or y.numel() == 0:
-        return False
-    return fused_engine(y.device, y.dtype) == "numba"
+        return None
+    return fused_engine(y.device, y.dtype)
 
 
-def _squeezes() -> ModuleType:
-    return importlib.import_module("spikegen.kernels.squeeze_numba")  # not above: numba may be absent
+def _squeezes(y: Tensor) -> ModuleType:
+    return _code({"numba": "squeeze_numba", "triton": "attend_triton"}[str(_engine(y))])
 
 
-def _passes() -> ModuleType:
-    return importlib.import_module("spikegen.kernels.attend_numba")
+def _passes(y: Tensor) -> ModuleType:
+    return _code({"numba": "attend_numba", "triton": "attend_triton"}[str(_engine(y))])
 
 
-def _convolutions() -> ModuleType:
-    return importlib.import_module("spikegen.kernels.conv_numba")
+def _code(name: str) -> ModuleType:
+    return importlib.import_module(f"spikegen.kernels.{name}")  # not above: numba, or triton, may be absent

@@ -32,12 +32,12 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     return None if dtype in _FLOATS else f"it has no {str(dtype).removeprefix('torch.')}"
 
 
-def _jit(function: Callable[..., None]) -> Any:
+def jit(function: Callable[..., None]) -> Any:
     """A kernel, without the decorators that Triton does not understand, such as those that check shapes in tests."""
     return triton.jit(inspect.unwrap(function))
 
 
-@_jit
+@jit
 def _derivative(v, KIND: tl.constexpr, a, b, c):  # type: ignore[no-untyped-def]
     """dS/dV of the surrogates; KIND and the constants are their `compiled` form."""
     if KIND == 0:  # atan
@@ -55,7 +55,7 @@ def _derivative(v, KIND: tl.constexpr, a, b, c):  # type: ignore[no-untyped-def]
         return v * 0 + 1
 
 
-@_jit
+@jit
 def _block(P, L, row_stride, PB: tl.constexpr, LB: tl.constexpr):  # type: ignore[no-untyped-def]
     """(block of rows and places, row, lanes, where in a step of the currents and in a dense one, mask, one)."""
     one = tl.full((), 1, tl.int64)  # offsets are of 64 bits; an argument that is 1 is no tensor, and cannot be cast
@@ -69,7 +69,7 @@ def _block(P, L, row_stride, PB: tl.constexpr, LB: tl.constexpr):  # type: ignor
     return one * block, row, lanes, row * row_stride + here, row * P * L + here, mask, one
 
 
-@_jit
+@jit
 def _forward(  # type: ignore[no-untyped-def]
     x, constants, spikes, counts, R, P, L, time_stride, row_stride,
     T: tl.constexpr, ZERO: tl.constexpr, AFFINE: tl.constexpr, RATED: tl.constexpr, PACKED: tl.constexpr,
@@ -106,7 +106,7 @@ def _forward(  # type: ignore[no-untyped-def]
             mem = tl.where(fired, 0, mem)
 
 
-@_jit
+@jit
 def _backward(  # type: ignore[no-untyped-def]
     x, constants, grads, gates, share, out, sums, a, b, c, R, P, L, time_stride, row_stride,
     T: tl.constexpr, ZERO: tl.constexpr, AFFINE: tl.constexpr, RATED: tl.constexpr, GATED: tl.constexpr,
@@ -186,7 +186,7 @@ def _backward(  # type: ignore[no-untyped-def]
         tl.store(part + 3 * L, tl.sum(sum_threshold, 0), inside)
 
 
-@_jit
+@jit
 def _moments(  # type: ignore[no-untyped-def]
     x, sums, T, R, P, L, time_stride, row_stride, PB: tl.constexpr, LB: tl.constexpr
 ):
@@ -203,7 +203,7 @@ def _moments(  # type: ignore[no-untyped-def]
     tl.store(part + L, tl.sum(squares, 0), lanes < L)
 
 
-@_jit
+@jit
 def _gate(  # type: ignore[no-untyped-def]
     x, gates, grads, out, sums, R, P, L, BACK: tl.constexpr, BITS: tl.constexpr, WIDE: tl.constexpr,
     PB: tl.constexpr, LB: tl.constexpr,
@@ -249,7 +249,7 @@ def forward(
         _forward[grid](
             x, constants, spikes, counts, *_sizes(layout),
             T=layout.steps, ZERO=zero, AFFINE=affine, RATED=counts is not None,
-            PACKED=spikes.dtype == torch.uint8, WIDE=_wide(constants), PB=places, LB=lanes, enable_fp_fusion=False,
+            PACKED=spikes.dtype == torch.uint8, WIDE=wide_of(constants), PB=places, LB=lanes, enable_fp_fusion=False,
         )  # fmt: skip
 
 
@@ -280,7 +280,7 @@ def backward(
             x, constants, grad_spikes, gates, share, out, parts, a, b, c, *_sizes(layout),
             T=layout.steps, ZERO=zero, AFFINE=affine, RATED=share is not None, GATED=gates is not None, KIND=kind,
             WRITE=out is not None, SUMS=sums, CONSTANTS_TOO=sums and constants_too, ONCE=layout.steps > len(x),
-            WIDE=_wide(constants), PB=places, LB=lanes, enable_fp_fusion=False,
+            WIDE=wide_of(constants), PB=places, LB=lanes, enable_fp_fusion=False,
         )  # fmt: skip
     return None if parts is None else parts.sum(0)
 
@@ -330,7 +330,7 @@ def _gate_pass(
     with torch.cuda.device_of(x):
         _gate[grid](
             x, gates, grad, out, sums, layout.rows, layout.places, layout.lanes,
-            BACK=grad is not None, BITS=bits, WIDE=_wide(wide), PB=places, LB=lanes,
+            BACK=grad is not None, BITS=bits, WIDE=wide_of(wide), PB=places, LB=lanes,
         )  # fmt: skip
 
 
@@ -346,5 +346,6 @@ def _sizes(layout: Layout) -> tuple[int, int, int, int, int]:
     return layout.rows, layout.places, layout.lanes, layout.time_stride, layout.row_stride
 
 
-def _wide(constants: Tensor) -> tl.dtype:
+def wide_of(constants: Tensor) -> tl.dtype:
+    """Their type, as kernels know it."""
     return tl.float64 if constants.dtype == torch.float64 else tl.float32
