@@ -30,7 +30,7 @@ demo: .venv/.installed  ## train on the digits, then sample, reconstruct and sco
 	@echo "Reconstructions: $(DEMO)/reconstructions.png"
 
 test: .venv/.installed  ## run the tests (not the slow ones)
-	$(PY) -m pytest --durations 15
+	$(PY) -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal --durations 15
 
 slow: .venv/.installed  ## run the tests that take minutes
 	$(PY) -m pytest -m slow

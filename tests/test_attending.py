@@ -117,9 +117,8 @@ class Rounded(torch.autograd.Function):
         return grad, None
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("dtype", "reset"), [*((dtype, "zero") for dtype in FLOATS), (torch.float32, "subtract")])
 @pytest.mark.parametrize("shape", [*SHAPES, (9, 2, 3, 7, 5)])
-@pytest.mark.parametrize("reset", ["zero", "subtract"])
 @pytest.mark.parametrize("spaced", [False, True])
 @pytest.mark.parametrize("once", [False, True])
 @pytest.mark.parametrize("learnt", [False, True])

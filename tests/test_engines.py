@@ -56,7 +56,9 @@ def case(seed, dtype=None):
     batch_statistics = bool(rng.random() < 0.6)
     if not batch_statistics:
         mean, var = mean * 0.9 + 0.1, var * 1.1 + 0.1
-    rest = ("zero", "subtract")[rng.integers(2)], ALL_SURROGATES[rng.integers(len(ALL_SURROGATES))], steps
+    # Each is snnTorch's in test_kernels.py; here each is one more pass to compile for every other choice.
+    surrogates = ALL_SURROGATES if dtype == torch.float32 else ALL_SURROGATES[:1]
+    rest = ("zero", "subtract")[rng.integers(2)], surrogates[rng.integers(len(surrogates))], steps
     return leaves, (mean, var, batch_statistics), rest, dtype
 
 

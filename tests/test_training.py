@@ -52,8 +52,7 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int, signum: int) -> Non
     monkeypatch.setattr(phases, "loss_parts", loss_parts)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-@pytest.mark.parametrize("step", [1, 7])
+@pytest.mark.parametrize(("signum", "step"), [(signal.SIGINT, 1), (signal.SIGTERM, 7), (signal.SIGHUP, 12)])
 def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signum: int, step: int
 ) -> None:
