@@ -29,8 +29,9 @@ demo: .venv/.installed  ## train on the digits, then sample, reconstruct and sco
 	@echo "Samples:         $(DEMO)/samples.png"
 	@echo "Reconstructions: $(DEMO)/reconstructions.png"
 
+# Side by side, a core each: with two threads each they wait for each other, ten times as long.
 test: .venv/.installed  ## run the tests (not the slow ones)
-	$(PY) -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal --durations 15
+	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal --durations 15
 
 slow: .venv/.installed  ## run the tests that take minutes
 	$(PY) -m pytest -m slow

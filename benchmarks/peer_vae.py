@@ -134,19 +134,19 @@ class PeerVAE(nn.Module):
         inputs = previous(spikes)
         coins = torch.rand(len(spikes), device=spikes.device) < (self.latent.scheduled[1] if self.training else 0.0)
         coins[: self.latent.scheduled_from] = False
-        if coins[:-1].any():
-            inputs = self.scheduled(spikes, coins.tolist())
+        if self.training and (coins.is_cuda or coins[:-1].any()):  # a device is not waited for
+            inputs = self.scheduled(spikes, coins)
         return Prior(self.candidates(through(self.prior, inputs)).mean(-1))
 
     @torch.no_grad()
-    def scheduled(self, spikes: Tensor, coins: list[bool]) -> Tensor:
+    def scheduled(self, spikes: Tensor, coins: Tensor) -> Tensor:
         """The bits that the prior sees, z_{t-1} for every t."""
         z, inputs = torch.zeros_like(spikes[0]), []
         with stepping(self.prior) as step:
             for own, coin in zip(spikes, coins, strict=True):
                 inputs.append(z)
                 rate = self.candidates(step(z)).mean(-1)
-                z = (rate + 1e-3 * torch.randn_like(rate) > 0.5).to(own.dtype) if coin else own
+                z = torch.where(coin, (rate + 1e-3 * torch.randn_like(rate) > 0.5).to(own.dtype), own)
         return torch.stack(inputs)
 
     def decode(self, spikes: Tensor) -> Tensor:

@@ -16,8 +16,7 @@ install_import_hook("spikegen", "beartype.beartype")
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-# More threads than free cores wait for each other. Tests that run side by side have one core each.
-THREADS = int(os.environ.get("OMP_NUM_THREADS", 1 if "PYTEST_XDIST_WORKER" in os.environ else 2))
+THREADS = int(os.environ.get("OMP_NUM_THREADS", 2))  # more threads than free cores wait for each other
 os.environ["OMP_NUM_THREADS"] = str(THREADS)  # for the commands that tests start
 
 # What was started in the background ignores these, and so would every training that a test interrupts.

@@ -493,6 +493,8 @@ for floats, cases in (("bf16", ({}, {"R": 1, "L": 1}, {"P": 1, "row_stride": 1, 
             build(kernels._gate, floats, ("x",) if bits else (), BACK=back, BITS=bits, **common, **sized)
         for kernel in (passes._squeeze, passes._squeeze_backward, passes._channels, passes._channels_backward):
             assert "fma.rn.f32" not in build(kernel, floats, **common, **sizes)
+        for places, lanes in ((2048, 1), (1, 2048)):
+            build(passes._channels_backward, floats, WIDE=tl.float32, PB=places, LB=lanes, **sizes)
         for spaced, relu in ((False, True), (True, False)):
             for kernel in (passes._attend, passes._attend_backward):
                 build(kernel, floats, SPACED=spaced, RELU=relu, **common, **sizes)

@@ -50,7 +50,7 @@ def _squeeze(  # type: ignore[no-untyped-def]
         total += value.to(tl.float64)
         squares += value.to(tl.float64) * value.to(tl.float64)
         signed = tl.where(mask, value * signs, float("-inf"))
-        equal = tl.where(signed > largest, 1.0, equal + tl.where(signed == largest, 1.0, 0.0)).to(WIDE)
+        equal = tl.where(signed > largest, 1.0, equal + tl.where(mask & (signed == largest), 1.0, 0.0)).to(WIDE)
         largest = tl.where(signed > largest, signed, largest)
     top = tl.max(largest, 0)
     out = row * L + lanes

@@ -120,9 +120,9 @@ class Bernoulli(nn.Module):
     @torch.no_grad()
     def _prior_inputs(self, spikes: Tensor, label: Tensor | None, progress: Progress) -> Tensor:
         """z_{t-1} for every t: the posterior's, with some of the prior's own where sampling is scheduled."""
-        if not self.training:
-            return _previous(spikes)
         start, end = self.spec.scheduled
+        if not self.training or self.spec.scheduled_from >= len(spikes) - 1 or start == end == 0:
+            return _previous(spikes)
         coins = torch.rand(len(spikes), device=spikes.device) < start + (end - start) * progress
         coins[: self.spec.scheduled_from] = False
         # Elsewhere whether there is one is not asked: a device would be waited for, and a CUDA graph has no branches.
