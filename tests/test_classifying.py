@@ -98,13 +98,7 @@ def test_what_is_learnt_is_the_augmented_batch(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize(
-    "loss",
-    [
-        {"kind": "ce", "smoothing": 0.1},
-        pytest.param({"kind": "mse"}, marks=pytest.mark.slow),
-        pytest.param({"kind": "smse"}, marks=pytest.mark.slow),
-        {"kind": "tet", "firing_rate": 1.0},
-    ],
+    "loss", [{"kind": "ce", "smoothing": 0.1}, {"kind": "mse"}, {"kind": "smse"}, {"kind": "tet", "firing_rate": 1.0}]
 )
 def test_it_learns_the_digits(tmp_path: Path, loss: dict[str, Any]) -> None:
     config = tiny(training__losses=loss, training__epochs=3, training__lr=1e-2, data__train_limit=400)

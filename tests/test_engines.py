@@ -131,8 +131,9 @@ def test_a_gated_scan_of_which_only_a_part_is_used(engine, used):
         leaves = {"spikes": [y, weight], "rate": [y], "gate": [weight]}[used]
         found.append([spikes, *torch.autograd.grad(out, leaves)])
     assert found[0][0].count_nonzero() > 0
+    rounding = 1e-7 if DEVICE.type == "cuda" else 1e-9  # a kernel gets the surrogate's numbers in float32
     for mine, other in zip(*found, strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(mine, other, rtol=1e-6, atol=rounding)
 
 
 @pytest.mark.parametrize("engine", FUSED)

@@ -251,10 +251,7 @@ def test_other_weights_are_no_autoencoder(tmp_path, lost):
         load_extractor(f"autoencoder:{tmp_path / 'ae.pth'}", "mnist", "cpu")
 
 
-@pytest.mark.parametrize(
-    ("name", "stem", "expected"),
-    [("mnist", "mnist", 0.59), pytest.param("fashion_mnist", "fashion", 0.43, marks=pytest.mark.slow)],
-)
+@pytest.mark.parametrize(("name", "stem", "expected"), [("mnist", "mnist", 0.59), ("fashion_mnist", "fashion", 0.43)])
 def test_the_test_splits_distance_to_its_published_statistics(real_data, name, stem, expected):
     weights, statistics = (real_data / "fad" / f for f in (f"{stem}_64.pth", f"{stem}_test_64.npz"))
     if not weights.exists():
