@@ -32,6 +32,20 @@ def _image(R, P, L, time_stride, row_stride, LB: tl.constexpr):  # type: ignore[
 
 
 @jit
+def _block(first, lanes, P, L, PB: tl.constexpr):  # type: ignore[no-untyped-def]
+    """(places, which of them there are, where they lie in an image, which numbers there are)."""
+    places = first + tl.arange(0, PB)
+    there = places < P
+    return places, there, places[:, None] * L + lanes[None, :], there[:, None] & (lanes < L)[None, :]
+
+
+@jit
+def _numbers(given, row, lanes, L):  # type: ignore[no-untyped-def]
+    """An image's, one a channel."""
+    return tl.load(given + row * L + lanes, lanes < L, 0)[None, :]
+
+
+@jit
 def _squeeze(  # type: ignore[no-untyped-def]
     y, sign, mean, square, most, ties, R, P, L, time_stride, row_stride,
     WIDE: tl.constexpr, PB: tl.constexpr, LB: tl.constexpr,
@@ -44,9 +58,8 @@ def _squeeze(  # type: ignore[no-untyped-def]
     largest = tl.full((PB, LB), float("-inf"), WIDE)
     equal = tl.zeros((PB, LB), WIDE)
     for first in range(0, P, PB):
-        places = first + tl.arange(0, PB)
-        mask = (places < P)[:, None] & inside[None, :]
-        value = tl.load(y + start + places[:, None] * L + lanes[None, :], mask, 0).to(WIDE)
+        _places, _there, here, mask = _block(first, lanes, P, L, PB)
+        value = tl.load(y + start + here, mask, 0).to(WIDE)
         total += value.to(tl.float64)
         squares += value.to(tl.float64) * value.to(tl.float64)
         signed = tl.where(mask, value * signs, float("-inf"))
@@ -66,15 +79,12 @@ def _squeeze_backward(  # type: ignore[no-untyped-def]
     WIDE: tl.constexpr, PB: tl.constexpr, LB: tl.constexpr,
 ):  # fmt: skip
     row, lanes, start, dense = _image(R, P, L, time_stride, row_stride, LB)
-    inside = lanes < L
-    k0 = tl.load(constant + row * L + lanes, inside, 0)[None, :]
-    k1 = tl.load(slope + row * L + lanes, inside, 0)[None, :]
-    largest = tl.load(most + row * L + lanes, inside, 0)[None, :]
-    part = tl.load(share + row * L + lanes, inside, 0)[None, :]
+    k0 = _numbers(constant, row, lanes, L)
+    k1 = _numbers(slope, row, lanes, L)
+    largest = _numbers(most, row, lanes, L)
+    part = _numbers(share, row, lanes, L)
     for first in range(0, P, PB):
-        places = first + tl.arange(0, PB)
-        mask = (places < P)[:, None] & inside[None, :]
-        here = places[:, None] * L + lanes[None, :]
+        _places, _there, here, mask = _block(first, lanes, P, L, PB)
         value = tl.load(y + start + here, mask, 0).to(WIDE)
         grad = tl.load(grads + dense + here, mask, 0).to(WIDE) + k0 + k1 * value
         grad += tl.where(value == largest, part, 0)
@@ -87,15 +97,13 @@ def _channels(  # type: ignore[no-untyped-def]
     WIDE: tl.constexpr, PB: tl.constexpr, LB: tl.constexpr,
 ):  # fmt: skip
     row, lanes, start, _ = _image(R, P, L, time_stride, row_stride, LB)
-    inside = lanes < L
-    scales = tl.load(scale + row * L + lanes, inside, 0)[None, :]
-    shifts = tl.load(shift + row * L + lanes, inside, 0)[None, :]
+    scales = _numbers(scale, row, lanes, L)
+    shifts = _numbers(shift, row, lanes, L)
     for first in range(0, P, PB):
-        places = first + tl.arange(0, PB)
-        mask = (places < P)[:, None] & inside[None, :]
-        value = tl.load(y + start + places[:, None] * L + lanes[None, :], mask, 0).to(WIDE) * scales + shifts
-        tl.store(mean + row * P + places, tl.sum(tl.where(mask, value, 0), 1) / L, places < P)
-        tl.store(most + row * P + places, tl.max(tl.where(mask, value, float("-inf")), 1), places < P)
+        places, there, here, mask = _block(first, lanes, P, L, PB)
+        value = tl.load(y + start + here, mask, 0).to(WIDE) * scales + shifts
+        tl.store(mean + row * P + places, tl.sum(tl.where(mask, value, 0), 1) / L, there)
+        tl.store(most + row * P + places, tl.max(tl.where(mask, value, float("-inf")), 1), there)
 
 
 @jit
@@ -105,15 +113,12 @@ def _channels_backward(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     row, lanes, start, dense = _image(R, P, L, time_stride, row_stride, LB)
     inside = lanes < L
-    scales = tl.load(scale + row * L + lanes, inside, 0)[None, :]
-    shifts = tl.load(shift + row * L + lanes, inside, 0)[None, :]
+    scales = _numbers(scale, row, lanes, L)
+    shifts = _numbers(shift, row, lanes, L)
     sum_scale = tl.zeros((PB, LB), WIDE)
     sum_shift = tl.zeros((PB, LB), WIDE)
     for first in range(0, P, PB):
-        places = first + tl.arange(0, PB)
-        there = places < P
-        mask = there[:, None] & inside[None, :]
-        here = places[:, None] * L + lanes[None, :]
+        places, there, here, mask = _block(first, lanes, P, L, PB)
         value = tl.load(y + start + here, mask, 0).to(WIDE)
         largest = tl.load(most + row * P + places, there, 0)[:, None]
         equal = mask & (value * scales + shifts == largest)
@@ -135,16 +140,13 @@ def _attend(  # type: ignore[no-untyped-def]
     SPACED: tl.constexpr, RELU: tl.constexpr, WIDE: tl.constexpr, PB: tl.constexpr, LB: tl.constexpr,
 ):  # fmt: skip
     row, lanes, start, dense = _image(R, P, L, time_stride, row_stride, LB)
-    inside = lanes < L
-    scales = tl.load(scale + row * L + lanes, inside, 0)[None, :]
-    shifts = tl.load(shift + row * L + lanes, inside, 0)[None, :]
+    scales = _numbers(scale, row, lanes, L)
+    shifts = _numbers(shift, row, lanes, L)
     for first in range(0, P, PB):
-        places = first + tl.arange(0, PB)
-        mask = (places < P)[:, None] & inside[None, :]
-        here = places[:, None] * L + lanes[None, :]
+        places, there, here, mask = _block(first, lanes, P, L, PB)
         value = tl.load(y + start + here, mask, 0).to(WIDE) * scales + shifts
         if SPACED:
-            value *= tl.load(gate + row * P + places, places < P, 0)[:, None]
+            value *= tl.load(gate + row * P + places, there, 0)[:, None]
         if RELU:
             value = tl.maximum(value, 0)
         tl.store(out + dense + here, value.to(out.dtype.element_ty), mask)
@@ -157,15 +159,12 @@ def _attend_backward(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     row, lanes, start, dense = _image(R, P, L, time_stride, row_stride, LB)
     inside = lanes < L
-    scales = tl.load(scale + row * L + lanes, inside, 0)[None, :]
-    shifts = tl.load(shift + row * L + lanes, inside, 0)[None, :]
+    scales = _numbers(scale, row, lanes, L)
+    shifts = _numbers(shift, row, lanes, L)
     sum_scale = tl.zeros((PB, LB), WIDE)
     sum_shift = tl.zeros((PB, LB), WIDE)
     for first in range(0, P, PB):
-        places = first + tl.arange(0, PB)
-        there = places < P
-        mask = there[:, None] & inside[None, :]
-        here = places[:, None] * L + lanes[None, :]
+        places, there, here, mask = _block(first, lanes, P, L, PB)
         value = tl.load(y + start + here, mask, 0).to(WIDE)
         grad = tl.load(grads + dense + here, mask, 0).to(WIDE)
         gated = value * scales + shifts
