@@ -115,7 +115,7 @@ class MultiAttention(nn.Module):
         current = current.expand(self.num_steps, *current.shape[1:])
         if self.time is not None:
             squeezed = current.flatten(2)
-            current = current * _wide(self.time(squeezed.mean(2).T, squeezed.amax(2).T).T, current)
+            current = current * _wide(self.time(torch.stack([squeezed.mean(2).T, squeezed.amax(2).T])).T, current)
         if not self.in_scan:
             steps = (0,) if not self.spec.per_step else ()
             current = self._over_channels_and_space(current, steps)
@@ -147,7 +147,7 @@ class MultiAttention(nn.Module):
         if self.channel is not None:
             dims = (*steps, *range(3, x.dim()))
             mean, most = (x.mean(dims, keepdim=True), x.amax(dims, keepdim=True)) if dims else (x, x)
-            x = x * _wide(self.channel(mean.flatten(2), most.flatten(2)), x)
+            x = x * _wide(self.channel(torch.stack([mean.flatten(2), most.flatten(2)])), x)
         if self.space is not None:
             if x.dim() != 5:
                 raise UserError(f"attention {self.spec.kind} needs images; got currents of {tuple(x.shape)}")
@@ -171,25 +171,29 @@ class MultiAttention(nn.Module):
         """In few passes: the norm and the gates t and c are a scale and a shift, which the squeezed follow."""
         channels, wide = y.shape[2], torch.promote_types(y.dtype, torch.float32)
         one = torch.ones(channels, dtype=wide, device=y.device)
-        squeezed = attending.squeeze(y, one if norm is None else one.copysign(norm.weight.detach().to(wide)))
+        sign = one if norm is None else one.copysign(norm.weight.detach().to(wide))
+        squeezed = attending.squeeze(y, sign, steps)
         shape = steps, y.shape[1], channels
-        y = squeezed.y if len(y) == steps else attending.repeat(squeezed.y, steps)
-        mean, most = squeezed.mean.to(wide), squeezed.most
+        both = torch.stack([squeezed.mean.to(wide), squeezed.most])
         scale, shift = (one, 0 * one) if norm is None else norm.of_squeezed(squeezed, offset).affine()
         scale, shift = scale.to(wide).expand(shape), shift.to(wide).expand(shape)
         over = lambda x, how: x if self.spec.per_step else how(x, 0, keepdim=True)  # noqa: E731
         if self.time is not None and "t" in gates:
-            gate = self.time((scale * mean + shift).mean(2).T, (scale * most + shift).amax(2).T).T.unsqueeze(2)
+            mean, most = scale * both + shift
+            gate = self.time(torch.stack([mean.mean(2).T, most.amax(2).T])).T.unsqueeze(2)
             scale, shift = scale * gate, shift * gate
         if self.channel is not None and "c" in gates:
-            gate = self.channel(over(scale * mean + shift, torch.mean), over(scale * most + shift, torch.amax))
+            both = scale * both + shift
+            if not self.spec.per_step:
+                both = torch.stack([over(both[0], torch.mean), over(both[1], torch.amax)])
+            gate = self.channel(both)
             scale, shift = scale * gate, shift * gate
         scale, shift = scale.to(wide), shift.to(wide)  # where the gates' weights are wider
         places = None
         if self.space is not None and "s" in gates:
-            y, means, mosts = attending.squeeze_channels(y, scale, shift)
+            means, mosts = attending.squeeze_channels(squeezed, scale, shift)
             places = self.space(over(means, torch.mean), over(mosts, torch.amax)).expand(means.shape)
-        return attending.Attended(y, scale, shift, places)
+        return attending.Attended(squeezed.y, scale, shift, places)
 
     def extra_repr(self) -> str:
         """The spec, for print(model)."""
@@ -204,12 +208,11 @@ class SqueezeGate(nn.Module):
         hidden = max(1, size // reduction)
         self.w0, self.w1 = nn.Linear(size, hidden, bias=False), nn.Linear(hidden, size, bias=False)
 
-    def forward(self, mean: Float[Tensor, "*b n"], most: Float[Tensor, "*b n"]) -> Float[Tensor, "*b n"]:
-        """Gates in (0, 1)."""
-        # One product for both: W1 is linear, so the branches may join before it. In bfloat16 so small ones take longer.
-        with torch.autocast(mean.device.type, enabled=False):
-            mean, most = mean.to(self.w0.weight.dtype), most.to(self.w0.weight.dtype)
-            return self.w1(F.relu(self.w0(mean)) + F.relu(self.w0(most))).sigmoid()
+    def forward(self, both: Float[Tensor, "2 *b n"]) -> Float[Tensor, "*b n"]:
+        """Gates in (0, 1) of the means and the largest, stacked."""
+        # W1 is linear, so the branches may join before it. In bfloat16 so small products take longer.
+        with torch.autocast(both.device.type, enabled=False):
+            return self.w1(F.relu(self.w0(both.to(self.w0.weight.dtype))).sum(0)).sigmoid()
 
 
 class SpaceGate(nn.Module):

@@ -46,7 +46,7 @@ class ThresholdNorm(nn.Module):
             return self.running(offset)
         mean = x.mean.mean((0, 1))
         var = (x.square.mean((0, 1)) - mean.square()).clamp(min=0)
-        return self._batch(x.y, mean, var, offset, batch=False)
+        return self._batch(x.y[: len(x.mean)], mean, var, offset, batch=False)
 
     def _batch(self, x: Tensor, mean: Tensor, var: Tensor, offset: Tensor | None, batch: bool) -> Norm:
         count = x.numel() // x.shape[2]

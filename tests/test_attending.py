@@ -85,14 +85,16 @@ def test_each_pass_is_its_equation(
     y = currents(1 if once else steps, *shape[1:], dtype=dtype)
     assert attending.fits(y)
     sign = torch.where(torch.rand(channels) < 0.5, -1.0, 1.0).to(wide)
-    scale, shift = (torch.randn(steps, batch, channels, dtype=wide).requires_grad_() for _ in range(2))
+    scale, shift = torch.randn(2, steps, batch, channels, dtype=wide)
+    if not spaced:  # halves, so that the largest of a place's channels are several
+        scale, shift = (k.mul(2).round().div(2) for k in (scale, shift))
+    scale, shift = scale.requires_grad_(), shift.requires_grad_()
     gate = torch.rand(steps, batch, 1, height, width, dtype=wide).requires_grad_() if spaced else None
 
     def fused() -> tuple[Tensor, ...]:
-        squeezed = attending.squeeze(y, sign)
-        x = attending.repeat(squeezed.y, steps) if once else squeezed.y
-        x, mean, most = attending.squeeze_channels(x, scale, shift)
-        return *squeezed[1:], mean, most, attending.attend(Attended(x, scale, shift, gate), relu)
+        x = attending.squeeze(y, sign, steps)
+        squeezed = attending.squeeze_channels(x, scale, shift)
+        return *x[1:4], *squeezed, attending.attend(Attended(x.y, scale, shift, gate), relu)
 
     def plain() -> tuple[Tensor, ...]:
         z = scaled(y.expand(steps, *y.shape[1:]), scale, shift)
@@ -253,7 +255,7 @@ def test_gradients_of_a_repeated_current_come_in_any_order_of_memory(order: str)
     grad = torch.randn(3, 2, 8, 9, 640).movedim(-1, 2)
     if order != "channels last":
         grad = grad.contiguous() if order == "channels first" else grad[:, :, :1].expand(3, 2, 640, 8, 9)
-    found = torch.autograd.grad(attending.repeat(y, 3), y, grad)[0]
+    found = torch.autograd.grad(attending.squeeze(y, torch.ones(640), 3).y, y, grad)[0]
     torch.testing.assert_close(found, grad.sum(0, keepdim=True))
 
 
@@ -298,14 +300,14 @@ def test_statistics_of_squeezed_currents_are_those_of_the_currents() -> None:
     """Far from 0, where squares hide what varies."""
     y = torch.randn(3, 4, 6, 6, 5).mul(0.01).add(30).movedim(-1, 2)
     norms = [ThresholdNorm(5, 0.5) for _ in range(2)]
-    few = norms[0].of_squeezed(attending.squeeze(y, torch.ones(5)))
+    few = norms[0].of_squeezed(attending.squeeze(y, torch.ones(5), 3))
     many = norms[1].of(y)
     for a, b in zip(few[:4], many[:4], strict=True):
         torch.testing.assert_close(a.to(b.dtype), b)
     for a, b in zip(norms[0].buffers(), norms[1].buffers(), strict=True):
         torch.testing.assert_close(a, b)
     with pytest.raises(ValueError, match="more than one value a channel"):
-        norms[0].of_squeezed(attending.squeeze(torch.zeros(1, 1, 1, 1, 5).movedim(-1, 2), torch.ones(5)))
+        norms[0].of_squeezed(attending.squeeze(torch.zeros(1, 1, 1, 1, 5).movedim(-1, 2), torch.ones(5), 2))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

@@ -159,11 +159,11 @@ def test_the_switch_gives_the_published_code(kind):
 
 
 def test_gates_are_not_rounded_where_autocast_rounds():
-    gate, mean, most = SqueezeGate(32, 4), torch.rand(3, 32), torch.rand(3, 32)
+    gate, both = SqueezeGate(32, 4), torch.rand(2, 3, 32)
     with torch.autocast("cpu", torch.bfloat16):
-        found = gate(mean, most)
+        found = gate(both)
     assert found.dtype == torch.float32
-    assert torch.equal(found, gate(mean, most))
+    assert torch.equal(found, gate(both))
 
 
 @pytest.mark.parametrize("values", [{"relu": False}, {"per_step": True}])

@@ -1,4 +1,4 @@
-"""Engine `triton`'s passes over currents that attention gates: squeezes over space, channels and steps, and the gating.
+"""Engine `triton`'s passes over currents that attention gates: squeezes over space and channels, and the gating.
 
 What `squeeze_numba` and `attend_numba` are on the CPU, by the same names. Y [T, B, P, C] has its channels last in
 memory; a program takes an image at one step, in blocks of places by lanes, and reads Y once. Wide is float32, or
@@ -75,8 +75,8 @@ def _squeeze(  # type: ignore[no-untyped-def]
 
 @jit
 def _squeeze_backward(  # type: ignore[no-untyped-def]
-    y, grads, constant, slope, most, share, out, R, P, L, time_stride, row_stride,
-    WIDE: tl.constexpr, PB: tl.constexpr, LB: tl.constexpr,
+    y, grads, constant, slope, most, share, back, out, steps, R, P, L, time_stride, row_stride,
+    SPACED: tl.constexpr, WIDE: tl.constexpr, PB: tl.constexpr, LB: tl.constexpr,
 ):  # fmt: skip
     row, lanes, start, dense = _image(R, P, L, time_stride, row_stride, LB)
     k0 = _numbers(constant, row, lanes, L)
@@ -84,10 +84,19 @@ def _squeeze_backward(  # type: ignore[no-untyped-def]
     largest = _numbers(most, row, lanes, L)
     part = _numbers(share, row, lanes, L)
     for first in range(0, P, PB):
-        _places, _there, here, mask = _block(first, lanes, P, L, PB)
+        places, there, here, mask = _block(first, lanes, P, L, PB)
         value = tl.load(y + start + here, mask, 0).to(WIDE)
-        grad = tl.load(grads + dense + here, mask, 0).to(WIDE) + k0 + k1 * value
-        grad += tl.where(value == largest, part, 0)
+        grad = k0 + k1 * value + tl.where(value == largest, part, 0)
+        for step in range(steps):  # more than one are those of currents that serve all of them
+            image = row + step * R
+            grad += tl.load(grads + image * P * L + here, mask, 0).to(WIDE)
+            if SPACED:
+                given = back + image * (3 * P + 2 * L)
+                scales = tl.load(given + 3 * P + lanes, lanes < L, 0)[None, :]
+                shifts = tl.load(given + 3 * P + L + lanes, lanes < L, 0)[None, :]
+                same = value * scales + shifts == tl.load(given + 2 * P + places, there, 0)[:, None]
+                each = tl.load(given + places, there, 0)[:, None]
+                grad += (each + tl.where(same, tl.load(given + P + places, there, 0)[:, None], 0)) * scales
         tl.store(out + dense + here, grad.to(out.dtype.element_ty), mask)
 
 
@@ -108,10 +117,10 @@ def _channels(  # type: ignore[no-untyped-def]
 
 @jit
 def _channels_backward(  # type: ignore[no-untyped-def]
-    y, scale, shift, grad_mean, grad_most, most, grads, out, of_scale, of_shift, R, P, L, time_stride, row_stride,
+    y, scale, shift, grad_sum, grad_most, most, shares, of_scale, of_shift, R, P, L, time_stride, row_stride,
     WIDE: tl.constexpr, PB: tl.constexpr, LB: tl.constexpr,
 ):  # fmt: skip
-    row, lanes, start, dense = _image(R, P, L, time_stride, row_stride, LB)
+    row, lanes, start, _ = _image(R, P, L, time_stride, row_stride, LB)
     inside = lanes < L
     scales = _numbers(scale, row, lanes, L)
     shifts = _numbers(shift, row, lanes, L)
@@ -124,12 +133,11 @@ def _channels_backward(  # type: ignore[no-untyped-def]
         equal = mask & (value * scales + shifts == largest)
         ties = tl.maximum(tl.sum(tl.where(equal, 1.0, 0.0), 1), 1)  # 0 outside the image
         share = tl.load(grad_most + row * P + places, there, 0) / ties
-        each = tl.load(grad_mean + row * P + places, there, 0) / L
+        tl.store(shares + row * P + places, share, there)
+        each = tl.load(grad_sum + row * P + places, there, 0)
         grad = tl.where(mask, each[:, None] + tl.where(equal, share[:, None], 0), 0)
         sum_scale += grad * value
         sum_shift += grad
-        grad = tl.load(grads + dense + here, mask, 0).to(WIDE) + grad * scales
-        tl.store(out + dense + here, grad.to(out.dtype.element_ty), mask)
     tl.store(of_scale + row * L + lanes, tl.sum(sum_scale, 0), inside)
     tl.store(of_shift + row * L + lanes, tl.sum(sum_shift, 0), inside)
 
@@ -188,9 +196,12 @@ def squeeze(layout: Layout, y: Tensor, sign: Tensor, out: tuple[Tensor, ...]) ->
     _each_image(_squeeze, layout, y, (y, sign, *out), sign)
 
 
-def squeeze_backward(layout: Layout, y: Tensor, grad: Tensor, numbers: tuple[Tensor, ...], out: Tensor) -> None:
-    """Write grad + numbers[0] + numbers[1] Y, and + numbers[3] where Y is numbers[2]."""
-    _each_image(_squeeze_backward, layout, y, (y, grad, *numbers, out), numbers[0])
+def squeeze_backward(
+    layout: Layout, y: Tensor, grad: Tensor, numbers: tuple[Tensor, ...], back: Tensor | None, out: Tensor
+) -> None:
+    """Write the steps' sum of grad and `back`, + numbers[0] + numbers[1] Y, and + numbers[3] where Y is numbers[2]."""
+    given = y, grad, *numbers, back, out, len(grad) // len(y)
+    _each_image(_squeeze_backward, layout, y, given, numbers[0], SPACED=back is not None)
 
 
 def channels(layout: Layout, y: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, most: Tensor) -> None:
@@ -201,13 +212,8 @@ def channels(layout: Layout, y: Tensor, scale: Tensor, shift: Tensor, mean: Tens
 def channels_backward(
     layout: Layout, y: Tensor, scale: Tensor, shift: Tensor, grads: tuple[Tensor, ...], out: tuple[Tensor, ...]
 ) -> None:
-    """`grads`: of the mean, of the largest, that one itself, and Y's of elsewhere; `out`: Y's, scale's and shift's."""
+    """`grads`: of the sum, of the largest, and that one itself; `out`: the latter's share, scale's and shift's."""
     _each_image(_channels_backward, layout, y, (y, scale, shift, *grads, *out), scale, whole=True)
-
-
-def over_steps(layout: Layout, grad: Tensor, out: Tensor) -> None:
-    """Write the sum over all steps, dense as `grad` is."""
-    out.copy_(grad.sum(0, keepdim=True, dtype=torch.promote_types(grad.dtype, torch.float32)))
 
 
 def attend(
@@ -237,7 +243,7 @@ def _each_image(
     kernel: Any,
     layout: Layout,
     y: Tensor,
-    tensors: tuple[Tensor | None, ...],
+    given: tuple[Tensor | int | None, ...],
     wide: Tensor,
     whole: bool = False,
     **flags: bool,
@@ -249,5 +255,5 @@ def _each_image(
     sizes = layout.rows, layout.places, layout.lanes, layout.time_stride, layout.row_stride
     with torch.cuda.device_of(y):
         kernel[(layout.steps * layout.rows * triton.cdiv(layout.lanes, lanes),)](
-            *tensors, *sizes, WIDE=wide_of(wide), PB=places, LB=lanes, **flags, enable_fp_fusion=False
+            *given, *sizes, WIDE=wide_of(wide), PB=places, LB=lanes, **flags, enable_fp_fusion=False
         )

@@ -15,18 +15,20 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from spikegen.kernels.engines import fused_engine
-from spikegen.kernels.layout import Layout, kept, lay_out, to_channels_last
+from spikegen.kernels.layout import Layout, kept, lay_out
 
 
 class Squeezed(NamedTuple):
     """Currents, and what they are over space. Go on with `y`: its gradient and those of the others meet in one pass."""
 
     y: Float[Tensor, "T B C *hw"]
-    mean: Float[Tensor, "T B C"]
-    square: Float[Tensor, "T B C"]
+    mean: Float[Tensor, "t B C"]
+    square: Float[Tensor, "t B C"]
     """The mean of Y^2; in float64, as the mean."""
-    most: Float[Tensor, "T B C"]
+    most: Float[Tensor, "t B C"]
     """The largest of sign Y, times the sign: what scale Y + shift is largest at."""
+    back: Float[Tensor, "T B n"]
+    """Holds nothing: the way of `squeeze_channels`' gradient to that pass."""
 
 
 class Attended(NamedTuple):
@@ -43,22 +45,16 @@ def fits(y: Float[Tensor, "T B C *hw"]) -> bool:
     return _engine(y) is not None and y.shape[2] <= _squeezes(y).MAX_CHANNELS and y[0, 0].movedim(0, -1).is_contiguous()
 
 
-def squeeze(y: Float[Tensor, "T B C *hw"], sign: Float[Tensor, " C"]) -> Squeezed:
-    """See Squeezed; `sign` is that of the scale which the channel will have, 1 or -1."""
-    return Squeezed(*_Squeeze.apply(y, sign))
-
-
-def repeat(y: Float[Tensor, "1 B C *hw"], steps: int) -> Float[Tensor, "T B C *hw"]:
-    """Y for each of the steps, without a copy. `expand` is that, but torch takes long to add the gradients up."""
-    result: Tensor = _Repeat.apply(y, steps)
-    return result
+def squeeze(y: Float[Tensor, "t B C *hw"], sign: Float[Tensor, " C"], steps: int) -> Squeezed:
+    """See Squeezed; `sign` is that of the scale which the channel will have, 1 or -1. One step may stand for all."""
+    return Squeezed(*_Squeeze.apply(y, sign, steps))
 
 
 def squeeze_channels(
-    y: Float[Tensor, "T B C *hw"], scale: Float[Tensor, "T B C"], shift: Float[Tensor, "T B C"]
-) -> tuple[Float[Tensor, "T B C *hw"], Float[Tensor, "T B 1 *hw"], Float[Tensor, "T B 1 *hw"]]:
-    """(Y to go on with, mean and largest over the channels of scale Y + shift)."""
-    result: tuple[Tensor, Tensor, Tensor] = _SqueezeChannels.apply(y, scale.contiguous(), shift.contiguous())
+    x: Squeezed, scale: Float[Tensor, "T B C"], shift: Float[Tensor, "T B C"]
+) -> tuple[Float[Tensor, "T B 1 *hw"], Float[Tensor, "T B 1 *hw"]]:
+    """Mean and largest over the channels of scale Y + shift."""
+    result: tuple[Tensor, Tensor] = _SqueezeChannels.apply(x.back, x.y, scale.contiguous(), shift.contiguous())
     return result
 
 
@@ -88,62 +84,62 @@ def convolve(
 
 class _Squeeze(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, sign: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, y: Tensor, sign: Tensor, steps: int) -> tuple[Tensor, ...]:
         layout = _layout(y)
         most = y.new_empty(y.shape[:3], dtype=_wide(y))
         ties = torch.empty_like(most)
         mean, square = most.new_empty(2, *most.shape, dtype=torch.float64)
         _squeezes(y).squeeze(layout, y, sign.to(most.dtype), (mean, square, most, ties))
         ctx.save_for_backward(y, most, ties)
-        return y, mean, square, most
+        ctx.steps = steps
+        ctx.set_materialize_grads(False)
+        back = most.new_zeros(()).expand(steps, y.shape[1], sum(_back_sizes(y)))
+        return y.expand(steps, *y.shape[1:]), mean, square, most, back
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, grad_mean: Tensor, grad_square: Tensor, grad_most: Tensor) -> Any:
+    def backward(ctx: Any, grad: Tensor | None, *grads: Tensor | None) -> Any:
         y, most, ties = ctx.saved_tensors
         y = kept(y)
         layout, pixels = _layout(y), y[0, 0, 0].numel()
+        grad_mean, grad_square, grad_most = (torch.zeros_like(most) if g is None else g for g in grads[:3])
         numbers = grad_mean / pixels, 2 * grad_square / pixels, most, grad_most / ties
+        grad = layout.empty(y, ctx.steps).zero_() if grad is None else layout.dense(grad.to(y.dtype))
         out = layout.empty(y, len(y))
         given = tuple(k.to(most.dtype).contiguous() for k in numbers)
-        _squeezes(y).squeeze_backward(layout, y, layout.dense(grad.to(y.dtype)), given, out)
-        return out, None
-
-
-class _Repeat(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, steps: int) -> Tensor:
-        return y.expand(steps, *y.shape[1:])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        grad = to_channels_last(grad)
-        layout = _layout(grad)
-        out = layout.empty(grad, 1)
-        _squeezes(grad).over_steps(layout, grad, out)
-        return out, None
+        _squeezes(y).squeeze_backward(layout, y, grad, given, grads[3], out)
+        return out, None, None
 
 
 class _SqueezeChannels(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, back: Tensor, y: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
         mean = scale.new_empty(*y.shape[:2], 1, *y.shape[3:])
         most = torch.empty_like(mean)
         _squeezes(y).channels(_layout(y), y, scale, shift, mean, most)
         ctx.save_for_backward(y, scale, shift, most)
-        return y, mean, most
+        return mean, most
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, grad_mean: Tensor, grad_most: Tensor) -> Any:
+    def backward(ctx: Any, grad_mean: Tensor, grad_most: Tensor) -> Any:
         y, scale, shift, most = ctx.saved_tensors
         y = kept(y)
-        layout = _layout(y)
-        grads = grad_mean.contiguous(), grad_most.contiguous(), most, layout.dense(grad.to(y.dtype))
-        out = layout.empty(y, len(y)), torch.empty_like(scale), torch.empty_like(shift)
-        _squeezes(y).channels_backward(layout, y, scale, shift, grads, out)
-        return out
+        each = (grad_mean / y.shape[2]).contiguous()
+        share, of_scale, of_shift = (torch.empty_like(k) for k in (most, scale, shift))
+        grads = each, grad_most.contiguous(), most
+        _squeezes(y).channels_backward(_layout(y), y, scale, shift, grads, (share, of_scale, of_shift))
+        back = torch.cat([*(k.flatten(2) for k in (each, share, most)), scale, shift], 2)
+        return back, None, of_scale, of_shift
+
+
+def _back_sizes(y: Tensor) -> tuple[int, ...]:
+    """Of an image at a step: each, share and most of every pixel, scale and shift of every channel.
+
+    dL/dY = scale (each + share where scale Y + shift is most).
+    """
+    pixels, channels = y[0, 0, 0].numel(), y.shape[2]
+    return pixels, pixels, pixels, channels, channels
 
 
 class _Attend(torch.autograd.Function):

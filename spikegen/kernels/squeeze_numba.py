@@ -1,4 +1,4 @@
-"""Engine `numba`'s squeezes of currents: over space, over channels, over steps.
+"""Engine `numba`'s squeezes of currents: over space, over channels.
 
 Y [T, B, P, C] has its channels last in memory; a job is one image at one step, and every pass reads Y once. What is
 called wide is float32, or float64 for it.
@@ -18,6 +18,7 @@ from spikegen.kernels.numba_tools import (
     ONE,
     addresses,
     compiled,
+    inlined,
     load,
     ordered,
     pointer,
@@ -83,8 +84,20 @@ def _squeeze(dtype: torch.dtype) -> Any:
     return compiled(squeeze)
 
 
+@inlined
+def _of_space(value, constant, slope, largest, share, nil):  # type: ignore[no-untyped-def]
+    """dL/dY by what Y is over space."""
+    return constant + slope * value + (share if value == largest else nil)
+
+
+@inlined
+def _of_channels(value, scale, shift, each, share, largest, nil):  # type: ignore[no-untyped-def]
+    """dL/dY by what scale Y + shift is over channels."""
+    return (each + (share if value * scale + shift == largest else nil)) * scale
+
+
 @functools.cache
-def _squeeze_backward(dtype: torch.dtype) -> Any:
+def _squeeze_backward(dtype: torch.dtype, spaced: bool) -> Any:
     item, wide, wide_size, wide_np, size = wide_types(dtype)
     like = ONE[dtype]
     W = MAX_CHANNELS
@@ -92,22 +105,53 @@ def _squeeze_backward(dtype: torch.dtype) -> Any:
     def squeeze_backward(begin, end, context):  # type: ignore[no-untyped-def]
         a = carray(context, 20)
         R, P, C, time_stride, row_stride = a[1], a[2], a[3], a[4], a[5]
-        w = np.empty(4 * W, wide_np)
+        steps, back_size = a[15], (3 * P + 2 * C) * wide_size
+        w = np.empty((5 + (2 * steps if spaced else 0)) * W, wide_np)
+        k0, k1, most, part, total = w[:W], w[W : 2 * W], w[2 * W : 3 * W], w[3 * W : 4 * W], w[4 * W : 5 * W]
         nil = carray(pointer(a[19], wide), 2)[1]
+        for i in range(C):
+            total[i] = nil
         for job in range(begin, end):
             start = (job // R) * time_stride + (job % R) * row_stride
-            for k in range(4):  # dL/dY's constant, its slope, the largest, the share of one that is the largest
+            for k in range(4):
                 given = carray(pointer(a[9 + k] + job * C * wide_size, wide), C)
                 for i in range(C):
                     w[k * W + i] = given[i]
+            if spaced:
+                for s in range(steps):
+                    back = carray(pointer(a[13] + (s * R + job) * back_size, wide), 3 * P + 2 * C)
+                    for k in range(2):
+                        for i in range(C):
+                            w[(5 + 2 * s + k) * W + i] = back[3 * P + k * C + i]
             for p in range(P):
                 x = carray(pointer(a[7] + (start + p * C) * size, item), C)
-                g = carray(pointer(a[8] + (job * P + p) * C * size, item), C)
-                out = carray(pointer(a[13] + (job * P + p) * C * size, item), C)
-                for i in range(C):
-                    value = load(x[i])
-                    grad = load(g[i]) + w[i] + w[W + i] * value
-                    out[i] = store(grad + (w[3 * W + i] if value == w[2 * W + i] else nil), like)
+                out = carray(pointer(a[14] + (job * P + p) * C * size, item), C)
+                for s in range(steps):  # more than one are those of currents that serve all of them
+                    image = s * R + job
+                    g = carray(pointer(a[8] + (image * P + p) * C * size, item), C)
+                    each, share, largest, scale = nil, nil, nil, w
+                    if spaced:
+                        back = carray(pointer(a[13] + image * back_size, wide), 3 * P)
+                        each, share, largest = back[p], back[P + p], back[2 * P + p]
+                        scale = w[(5 + 2 * s) * W :]
+                    if steps == 1:
+                        for i in range(C):
+                            value = load(x[i])
+                            grad = load(g[i]) + _of_space(value, k0[i], k1[i], most[i], part[i], nil)
+                            if spaced:
+                                grad += _of_channels(value, scale[i], scale[W + i], each, share, largest, nil)
+                            out[i] = store(grad, like)
+                    else:
+                        for i in range(C):
+                            grad = load(g[i])
+                            if spaced:
+                                grad += _of_channels(load(x[i]), scale[i], scale[W + i], each, share, largest, nil)
+                            total[i] += grad
+                if steps > 1:
+                    for i in range(C):
+                        grad = total[i] + _of_space(load(x[i]), k0[i], k1[i], most[i], part[i], nil)
+                        out[i] = store(grad, like)
+                        total[i] = nil
 
     return compiled(squeeze_backward)
 
@@ -162,7 +206,6 @@ def _channels(dtype: torch.dtype) -> Any:
 @functools.cache
 def _channels_backward(dtype: torch.dtype) -> Any:
     item, wide, wide_size, wide_np, size = wide_types(dtype)
-    like = ONE[dtype]
     W = MAX_CHANNELS
 
     def channels_backward(begin, end, context):  # type: ignore[no-untyped-def]
@@ -181,51 +224,23 @@ def _channels_backward(dtype: torch.dtype) -> Any:
             grad_mean = carray(pointer(a[10] + job * P * wide_size, wide), P)
             grad_most = carray(pointer(a[11] + job * P * wide_size, wide), P)
             most = carray(pointer(a[12] + job * P * wide_size, wide), P)
+            shares = carray(pointer(a[13] + job * P * wide_size, wide), P)
             for p in range(P):
                 x = carray(pointer(a[7] + (start + p * C) * size, item), C)
-                g = carray(pointer(a[13] + (job * P + p) * C * size, item), C)
-                out = carray(pointer(a[14] + (job * P + p) * C * size, item), C)
-                largest = most[p]
+                largest, each = most[p], grad_mean[p]
                 share = grad_most[p] / _ties(x, w, C, largest, unit, nil)
-                each = grad_mean[p] / wide(C)
+                shares[p] = share
                 for i in range(C):
                     value = load(x[i])
                     grad = each + (share if value * w[i] + w[W + i] == largest else nil)
                     w[2 * W + i] += grad * value
                     w[3 * W + i] += grad
-                    out[i] = store(load(g[i]) + grad * w[i], like)
             for k in range(2):
-                sums = carray(pointer(a[15 + k] + job * C * wide_size, wide), C)
+                sums = carray(pointer(a[14 + k] + job * C * wide_size, wide), C)
                 for i in range(C):
                     sums[i] = w[(2 + k) * W + i]
 
     return compiled(channels_backward)
-
-
-@functools.cache
-def _over_steps(dtype: torch.dtype) -> Any:
-    item, wide, _, wide_np, size = wide_types(dtype)
-    like = ONE[dtype]
-    W = MAX_CHANNELS
-
-    def over_steps(begin, end, context):  # type: ignore[no-untyped-def]
-        a = carray(context, 20)
-        T, R, P, C = a[0], a[1], a[2], a[3]
-        w = np.empty(W, wide_np)
-        nil = carray(pointer(a[19], wide), 2)[1]
-        for job in range(begin, end):
-            for p in range(P):
-                for i in range(C):
-                    w[i] = nil
-                for t in range(T):
-                    g = carray(pointer(a[6] + (((t * R + job) * P + p) * C) * size, item), C)
-                    for i in range(C):
-                        w[i] += load(g[i])
-                out = carray(pointer(a[7] + (job * P + p) * C * size, item), C)
-                for i in range(C):
-                    out[i] = store(w[i], like)
-
-    return compiled(over_steps)
 
 
 # ---- calling them: all but Y is dense, [T, B, C] or [T, B, P], and wide, where nothing else is said ------------------
@@ -236,9 +251,12 @@ def squeeze(layout: Layout, y: Tensor, sign: Tensor, out: tuple[Tensor, ...]) ->
     each_image(_squeeze(y.dtype), layout, y, [sign, y, *out])
 
 
-def squeeze_backward(layout: Layout, y: Tensor, grad: Tensor, numbers: tuple[Tensor, ...], out: Tensor) -> None:
-    """Write grad + numbers[0] + numbers[1] Y, and + numbers[3] where Y is numbers[2]."""
-    each_image(_squeeze_backward(y.dtype), layout, y, [None, y, grad, *numbers, out])
+def squeeze_backward(
+    layout: Layout, y: Tensor, grad: Tensor, numbers: tuple[Tensor, ...], back: Tensor | None, out: Tensor
+) -> None:
+    """Write the steps' sum of grad and `back`, + numbers[0] + numbers[1] Y, and + numbers[3] where Y is numbers[2]."""
+    function, steps = _squeeze_backward(y.dtype, back is not None), len(grad) // len(y)
+    each_image(function, layout, y, [None, y, grad, *numbers, back, out], (steps,))
 
 
 def channels(layout: Layout, y: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, most: Tensor) -> None:
@@ -249,18 +267,15 @@ def channels(layout: Layout, y: Tensor, scale: Tensor, shift: Tensor, mean: Tens
 def channels_backward(
     layout: Layout, y: Tensor, scale: Tensor, shift: Tensor, grads: tuple[Tensor, ...], out: tuple[Tensor, ...]
 ) -> None:
-    """`grads`: of the mean, of the largest, that one itself, and Y's of elsewhere; `out`: Y's, scale's and shift's."""
+    """`grads`: of the sum, of the largest, and that one itself; `out`: the latter's share, scale's and shift's."""
     each_image(_channels_backward(y.dtype), layout, y, [None, y, scale, shift, *grads, *out])
 
 
-def over_steps(layout: Layout, grad: Tensor, out: Tensor) -> None:
-    """Write the sum over all steps, dense as `grad` is."""
-    each_image(_over_steps(grad.dtype), layout, grad, [grad, out], layout.rows)
-
-
-def each_image(function: Any, layout: Layout, y: Tensor, tensors: list[Tensor | None], jobs: int | None = None) -> None:
-    """Run a pass for every image at every step, or as many jobs; a[6] and on is where the tensors are."""
+def each_image(
+    function: Any, layout: Layout, y: Tensor, tensors: list[Tensor | None], more: tuple[int, ...] = ()
+) -> None:
+    """Run a pass for every image at every step; a[6] and on is where the tensors are, and then `more`."""
     numbers = torch.tensor([1, 0], dtype=torch.promote_types(y.dtype, torch.float32))
-    arguments = [*layout.numbers, *addresses(tensors)]
+    arguments = [*layout.numbers, *addresses(tensors), *more]
     arguments += [0] * (19 - len(arguments)) + addresses([numbers])
-    run(function, layout.steps * layout.rows if jobs is None else jobs, arguments)
+    run(function, layout.steps * layout.rows, arguments)
