@@ -1,5 +1,6 @@
 """Images as uint8 tensors of grey levels or of counts of events, as the model's floats, and with their labels."""
 
+import zlib
 from dataclasses import dataclass
 from typing import Literal
 
@@ -29,6 +30,11 @@ class ImageSet:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    @property
+    def identity(self) -> list[int]:
+        """[how many, checksum of their labels]. Not of the pixels: resized ones may differ from machine to machine."""
+        return [len(self), 0 if self.labels is None else zlib.crc32(self.labels.cpu().numpy().tobytes())]
 
     def first_clips(self) -> "ImageSet":
         """One clip of each recording; the set itself where there are no others."""

@@ -220,6 +220,7 @@ class _Trainer:
             run, phase, meter = self.session.run, self.phase, self.meter
             state: State = {"phase": phase.number, "step": self.step, "images_seen": phase.first + self.seen}
             state |= {"sums": meter.sums, "sums_steps": meter.steps} | phase.kept()
+            state["data"] = self.session.train_set.identity
             parts = {"model": phase.module, "average": phase.average, "optimizer": self.optimizer}
             state |= {name: part.state_dict() for name, part in parts.items()}
             run.save_checkpoint(state, self.session.config.training.keep_checkpoints)

@@ -61,6 +61,8 @@ def train(config: Config, out: str | Path, *, resume: bool = False, device: str 
             run.require_new()  # another one may have begun meanwhile
         state: State | None = run.load_checkpoint(accelerator.device) if begun else None
         number, seen = _place(state, config, run)
+        if state is not None:
+            _require_same_data(state, train_set, run)
         if accelerator.is_main_process:
             if resume:
                 run.forget_after(seen)
@@ -178,6 +180,17 @@ def _place(state: State | None, config: Config, run: Run) -> tuple[int, int]:
     if number not in phases or not isinstance(seen, int) or not isinstance(step, int):
         raise foreign_checkpoint(run)
     return int(number), seen
+
+
+def _require_same_data(state: State, data: ImageSet, run: Run) -> None:
+    """UserError where a folder's images are others than when the run began: their order would be another, too."""
+    now = data.identity
+    before = state.get("data", now)
+    if not isinstance(before, list) or len(before) != len(now):
+        raise foreign_checkpoint(run)
+    if before != now:
+        what = "other labels" if before[0] == now[0] else f"{before[0]} training images, and now there are {now[0]}"
+        raise UserError(f"{run.path} was trained with {what}; --resume needs the data as it was, or train anew")
 
 
 def _load_frozen(vae: SpikingVAE, state: State | None, run: Run) -> None:

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from spikegen.prior import MaskedPrior
 from spikegen.runs import Run
 from spikegen.scoring import score
 from spikegen.vae import SpikingVAE
+from tests.inputs import picture
 from tests.tiny import tiny_config
 
 
@@ -326,6 +328,34 @@ def test_resume_refuses_another_config(tmp_path: Path, change: dict[str, Any], l
         train(tiny_config(**change), tmp_path / "run", resume=True, device="cpu")
 
 
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (
+            lambda root: picture(root / "train" / "dog" / "9.png", 8, 8),
+            "with 18 training images, and now there are 19;",
+        ),
+        (lambda root: (root / "train/cat/0.png").unlink(), "with 18 training images, and now there are 17;"),
+        (lambda root: (root / "train/cat/0.png").rename(root / "train/dog/-.png"), "with other labels;"),
+    ],
+)
+def test_resume_refuses_other_data(tmp_path: Path, change: Callable[[Path], Any], line: str) -> None:
+    root = tmp_path / "data"
+    for split, label, k in itertools.product(("train", "test"), ("cat", "dog"), range(9)):
+        picture(root / split / label / f"{k}.png", 8, 8)
+    data = {"name": "folder", "root": str(root), "image_size": 8, "channels": 1}
+    config = tiny_config(data=data, training__batch_size=4, training__evaluate=4)
+    run = train(config, tmp_path / "run", device="cpu")
+    root.rename(tmp_path / "elsewhere")
+    config = tiny_config(
+        data=data | {"root": str(tmp_path / "elsewhere")}, training__batch_size=4, training__evaluate=4
+    )
+    assert train(config, run, resume=True, device="cpu") == run
+    change(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=line):
+        train(config, run, resume=True, device="cpu")
+
+
 def test_resume_may_record_steps_or_not(tmp_path: Path) -> None:
     """Whether they are changes nothing but the time; a run that cannot record goes on without."""
     done = train(tiny_config(), tmp_path / "run", device="cpu")
@@ -629,10 +659,12 @@ def test_a_latents_own_prior_learns_at_its_own_rate() -> None:
 
 WATCHED = """
 import hashlib, os, sys
+from collections.abc import Callable
 from pathlib import Path
 from spikegen import training
 from tests.test_refining import REFINEMENT
 from tests.test_training import PRIOR, SPATIAL
+from tests.inputs import picture
 from tests.tiny import tiny_config
 
 phases = {}
