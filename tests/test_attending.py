@@ -53,7 +53,7 @@ def currents(*shape: int, dtype: torch.dtype) -> Tensor:
 
 
 def tolerance(*dtypes: torch.dtype) -> dict[str, float]:
-    if torch.bfloat16 in dtypes:  # gradients are rounded at each of three passes
+    if torch.bfloat16 in dtypes:  # gradients are rounded at each of two passes
         return {"rtol": 2e-2, "atol": 5e-2}
     return {"rtol": 1e-4, "atol": 1e-4} if torch.float32 in dtypes else {"rtol": 1e-9, "atol": 1e-9}
 

@@ -48,7 +48,7 @@ def test_what_is_compiled_is_kept_for_the_next_process(tmp_path: Path) -> None:
         "import torch; from spikegen.kernels import attending as a; x = torch.rand(2, 1, 1, 4, 4).requires_grad_();"
         "a.convolve(x, x, torch.rand(1, 2, 3, 3)).sum().backward();"
         "y = torch.rand(2, 3, 4, 4, 5).movedim(-1, 2).requires_grad_();"
-        "s = a.squeeze(y, torch.ones(5)); a.squeeze_channels(s.y, s.mean.float(), s.most)[1].sum().backward()"
+        "s = a.squeeze(y, torch.ones(5), 2); a.squeeze_channels(s, s.mean.float(), s.most)[1].sum().backward()"
     )
     kept = []
     for _ in range(2):

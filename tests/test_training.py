@@ -405,7 +405,10 @@ def test_a_pickled_checkpoint_is_refused(tmp_path: Path) -> None:
         train(tiny_config(), tmp_path / "run", resume=True, device="cpu")
 
 
-@pytest.mark.parametrize("content", [{}, [1], {"model": {}, "average": {}, "optimizer": {}, "step": 1}])
+@pytest.mark.parametrize(
+    "content",
+    [{}, [1], {"images_seen": 20, "step": 1, "data": [1]}, {"model": {}, "average": {}, "optimizer": {}, "step": 1}],
+)
 def test_a_foreign_checkpoint_is_refused(tmp_path: Path, content: Any) -> None:
     train(tiny_config(training__epochs=0.1), tmp_path / "run", device="cpu")
     (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
@@ -659,12 +662,10 @@ def test_a_latents_own_prior_learns_at_its_own_rate() -> None:
 
 WATCHED = """
 import hashlib, os, sys
-from collections.abc import Callable
 from pathlib import Path
 from spikegen import training
 from tests.test_refining import REFINEMENT
 from tests.test_training import PRIOR, SPATIAL
-from tests.inputs import picture
 from tests.tiny import tiny_config
 
 phases = {}

@@ -28,7 +28,7 @@ class Squeezed(NamedTuple):
     most: Float[Tensor, "t B C"]
     """The largest of sign Y, times the sign: what scale Y + shift is largest at."""
     back: Float[Tensor, "T B n"]
-    """Holds nothing: the way of `squeeze_channels`' gradient to that pass."""
+    """Holds nothing: the way of `squeeze_channels`' gradient to that pass, for one call."""
 
 
 class Attended(NamedTuple):
@@ -53,7 +53,7 @@ def squeeze(y: Float[Tensor, "t B C *hw"], sign: Float[Tensor, " C"], steps: int
 def squeeze_channels(
     x: Squeezed, scale: Float[Tensor, "T B C"], shift: Float[Tensor, "T B C"]
 ) -> tuple[Float[Tensor, "T B 1 *hw"], Float[Tensor, "T B 1 *hw"]]:
-    """Mean and largest over the channels of scale Y + shift."""
+    """Mean and largest over the channels of scale Y + shift; once of the same squeezed currents."""
     result: tuple[Tensor, Tensor] = _SqueezeChannels.apply(x.back, x.y, scale.contiguous(), shift.contiguous())
     return result
 
@@ -93,7 +93,7 @@ class _Squeeze(torch.autograd.Function):
         ctx.save_for_backward(y, most, ties)
         ctx.steps = steps
         ctx.set_materialize_grads(False)
-        back = most.new_zeros(()).expand(steps, y.shape[1], sum(_back_sizes(y)))
+        back = most.new_zeros(()).expand(steps, y.shape[1], _back_size(y))
         return y.expand(steps, *y.shape[1:]), mean, square, most, back
 
     @staticmethod
@@ -133,13 +133,12 @@ class _SqueezeChannels(torch.autograd.Function):
         return back, None, of_scale, of_shift
 
 
-def _back_sizes(y: Tensor) -> tuple[int, ...]:
+def _back_size(y: Tensor) -> int:
     """Of an image at a step: each, share and most of every pixel, scale and shift of every channel.
 
     dL/dY = scale (each + share where scale Y + shift is most).
     """
-    pixels, channels = y[0, 0, 0].numel(), y.shape[2]
-    return pixels, pixels, pixels, channels, channels
+    return 3 * y[0, 0, 0].numel() + 2 * y.shape[2]
 
 
 class _Attend(torch.autograd.Function):

@@ -1,7 +1,7 @@
 """Engine `numba`'s squeezes of currents: over space, over channels.
 
-Y [T, B, P, C] has its channels last in memory; a job is one image at one step, and every pass reads Y once. What is
-called wide is float32, or float64 for it.
+Y [T, B, P, C] has its channels last in memory; a job is one image at one step, of which a pass reads Y in one go.
+What is called wide is float32, or float64 for it.
 """
 
 import functools
