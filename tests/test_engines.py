@@ -471,7 +471,7 @@ def build(kernel, floats, bytes=(), **constants):
             return "*u8" if name in bytes else f"*{floats}"
         if name in ("mean", "square") and kernel is passes._squeeze:
             return "*fp64"
-        if name in SIZES:
+        if name in (*SIZES, "steps"):
             return "i32"
         return (wide if name == "sums" else POINTERS.get(name)) or ("fp32" if name in "abc" else "*fp32")
 
@@ -492,8 +492,11 @@ for floats, cases in (("bf16", ({}, {"R": 1, "L": 1}, {"P": 1, "row_stride": 1, 
         for back, bits in ((False, False), (True, False), (False, True), (True, True)):
             sized = {k: v for k, v in sizes.items() if k in "RPL"}
             build(kernels._gate, floats, ("x",) if bits else (), BACK=back, BITS=bits, **common, **sized)
-        for kernel in (passes._squeeze, passes._squeeze_backward, passes._channels, passes._channels_backward):
+        for kernel in (passes._squeeze, passes._channels, passes._channels_backward):
             assert "fma.rn.f32" not in build(kernel, floats, **common, **sizes)
+        for spaced, steps in ((False, {}), (True, {}), (True, {"steps": 1})):
+            ptx = build(passes._squeeze_backward, floats, SPACED=spaced, **steps, **common, **sizes)
+            assert "fma.rn.f32" not in ptx
         for places, lanes in ((2048, 1), (1, 2048)):
             build(passes._channels_backward, floats, WIDE=tl.float32, PB=places, LB=lanes, **sizes)
         for spaced, relu in ((False, True), (True, False)):
