@@ -21,6 +21,9 @@ TILE = 1
 MAX_STEPS = 64
 """Every step's membrane is in a register of its own in the backward."""
 
+PROGRAMS = 2048
+"""As many as a large device runs at once. Where there are sums to write, each takes more than a block instead."""
+
 INTERPRETED = triton.knobs.runtime.interpret
 _FLOATS = {torch.bfloat16, torch.float16, torch.float32, torch.float64}
 
@@ -56,65 +59,91 @@ def _derivative(v, KIND: tl.constexpr, a, b, c):  # type: ignore[no-untyped-def]
 
 
 @jit
-def _block(P, L, row_stride, PB: tl.constexpr, LB: tl.constexpr):  # type: ignore[no-untyped-def]
-    """(block of rows and places, row, lanes, where in a step of the currents and in a dense one, mask, one)."""
+def _lanes(L, LB: tl.constexpr):  # type: ignore[no-untyped-def]
+    """(which of the programs that share these lanes, the lanes, which of them there are, one)."""
     one = tl.full((), 1, tl.int64)  # offsets are of 64 bits; an argument that is 1 is no tensor, and cannot be cast
-    blocks, lane_blocks = tl.cdiv(P, PB), tl.cdiv(L, LB)
-    block = tl.program_id(0) // lane_blocks
-    row = one * (block // blocks)
-    places = (block % blocks) * PB + tl.arange(0, PB)
+    lane_blocks = tl.cdiv(L, LB)
     lanes = (tl.program_id(0) % lane_blocks) * LB + tl.arange(0, LB)
+    return one * (tl.program_id(0) // lane_blocks), lanes, lanes < L, one
+
+
+@jit
+def _block(index, lanes, P, L, row_stride, PB: tl.constexpr):  # type: ignore[no-untyped-def]
+    """(row, where in a step of the currents and in a dense one, mask) of a block of a row's places by lanes."""
+    blocks = tl.cdiv(P, PB)
+    row = index // blocks
+    places = (index % blocks) * PB + tl.arange(0, PB)
     mask = (places < P)[:, None] & (lanes < L)[None, :]
     here = places[:, None] * L + lanes[None, :]
-    return one * block, row, lanes, row * row_stride + here, row * P * L + here, mask, one
+    return row, row * row_stride + here, row * P * L + here, mask
 
 
 @jit
 def _forward(  # type: ignore[no-untyped-def]
-    x, constants, spikes, counts, R, P, L, time_stride, row_stride,
-    T: tl.constexpr, ZERO: tl.constexpr, AFFINE: tl.constexpr, RATED: tl.constexpr, PACKED: tl.constexpr,
-    WIDE: tl.constexpr, PB: tl.constexpr, LB: tl.constexpr,
+    x, constants, spikes, counts, each, R, P, L, time_stride, row_stride,
+    T: tl.constexpr, ZERO: tl.constexpr, AFFINE: tl.constexpr, RATED: tl.constexpr, WHOLE: tl.constexpr,
+    PACKED: tl.constexpr, WIDE: tl.constexpr, PB: tl.constexpr, LB: tl.constexpr,
 ):  # fmt: skip
-    _, row, lanes, at, dense, mask, one = _block(P, L, row_stride, PB, LB)
-    inside = lanes < L
+    part, lanes, inside, one = _lanes(L, LB)
     scale = tl.load(constants + lanes, inside)[None, :]
     shift = tl.load(constants + L + lanes, inside)[None, :]
     beta = tl.load(constants + 2 * L + lanes, inside)[None, :]
     threshold = tl.load(constants + 3 * L + lanes, inside)[None, :]
-    mem = tl.zeros((PB, LB), WIDE)
-    byte = tl.zeros((PB, LB), tl.int32)
     step, time = one * R * P * L, one * time_stride
-    for t in tl.static_range(T):
-        current = tl.load(x + t * time + at, mask, 0).to(WIDE)
-        if AFFINE:
-            current = current * scale + shift
-        before = mem
-        mem = before * beta + current
-        if not ZERO:
-            mem = mem - tl.where(before > threshold, threshold, 0)
-        fired = (mem > threshold) & mask
-        spike = tl.where(fired, 1.0, 0.0)
-        if PACKED:  # a bit for each of eight steps
-            byte = tl.where(fired, 1 << (t % 8), 0) + (byte if t % 8 else 0)
-            if t % 8 == 7 or t == T - 1:
-                tl.store(spikes + (t // 8) * step + dense, byte.to(tl.uint8), mask)
-        else:
-            tl.store(spikes + t * step + dense, spike.to(spikes.dtype.element_ty), mask)
-        if RATED:  # whole numbers: any order of adding gives the same
-            tl.atomic_add(counts + (t * R + row) * L + lanes, tl.sum(spike.to(WIDE), 0), inside)
-        if ZERO:
-            mem = tl.where(fired, 0, mem)
+    none = tl.zeros((PB, LB), tl.int32)
+    tallies = (none,)  # of nothing, then a byte for each of four steps
+    for _four in tl.static_range(0, T, 4):
+        tallies = tallies + (none,)  # type: ignore[assignment]  # noqa: RUF005
+    # `each` blocks, of one row: its parts are as many as that takes
+    blocks = tl.cdiv(P, PB)
+    parts = tl.cdiv(blocks, each)
+    row, first = part // parts, (part % parts) * each
+    for block in range(first, min(first + each, blocks)):
+        _row, at, dense, mask = _block(row * blocks + block, lanes, P, L, row_stride, PB)
+        mem = tl.zeros((PB, LB), WIDE)
+        byte, four = none, none
+        added = (none,)
+        for t in tl.static_range(T):
+            current = tl.load(x + t * time + at, mask, 0).to(WIDE)
+            if AFFINE:
+                current = current * scale + shift
+            before = mem
+            mem = before * beta + current
+            if not ZERO:
+                mem = mem - tl.where(before > threshold, threshold, 0)
+            fired = (mem > threshold) & mask
+            if PACKED:  # a bit for each of eight steps
+                byte = tl.where(fired, 1 << (t % 8), 0) + (byte if t % 8 else 0)
+                if t % 8 == 7 or t == T - 1:
+                    tl.store(spikes + (t // 8) * step + dense, byte.to(tl.uint8), mask)
+            else:
+                tl.store(spikes + t * step + dense, tl.where(fired, 1.0, 0.0).to(spikes.dtype.element_ty), mask)
+            if RATED:
+                four = tl.where(fired, 1 << (t % 4 * 8), 0) + (four if t % 4 else 0)
+                if t % 4 == 3 or t == T - 1:
+                    added = added + (tallies[t // 4 + 1] + four,)  # type: ignore[assignment]  # noqa: RUF005
+            if ZERO:
+                mem = tl.where(fired, 0, mem)
+        if RATED:
+            tallies = added
+    if RATED:
+        for t in tl.static_range(T):
+            count = tl.sum((tallies[t // 4 + 1] >> (t % 4 * 8)) & 255, 0).to(WIDE)
+            into = counts + (t * R + row) * L + lanes
+            if WHOLE:
+                tl.store(into, count, inside)
+            else:
+                tl.atomic_add(into, count, inside)  # whole numbers: any order of adding gives the same
 
 
 @jit
 def _backward(  # type: ignore[no-untyped-def]
-    x, constants, grads, gates, share, out, sums, a, b, c, R, P, L, time_stride, row_stride,
+    x, constants, grads, gates, share, out, sums, each, a, b, c, R, P, L, time_stride, row_stride,
     T: tl.constexpr, ZERO: tl.constexpr, AFFINE: tl.constexpr, RATED: tl.constexpr, GATED: tl.constexpr,
     KIND: tl.constexpr, WRITE: tl.constexpr, SUMS: tl.constexpr, CONSTANTS_TOO: tl.constexpr, ONCE: tl.constexpr,
     WIDE: tl.constexpr, PB: tl.constexpr, LB: tl.constexpr,
 ):  # fmt: skip
-    block, row, lanes, at, dense, mask, one = _block(P, L, row_stride, PB, LB)
-    inside = lanes < L
+    part, lanes, inside, one = _lanes(L, LB)
     scale = tl.load(constants + lanes, inside)[None, :]
     shift = tl.load(constants + L + lanes, inside)[None, :]
     beta = tl.load(constants + 2 * L + lanes, inside)[None, :]
@@ -122,85 +151,91 @@ def _backward(  # type: ignore[no-untyped-def]
     k1 = tl.load(constants + 4 * L + lanes, inside)[None, :]
     k2 = tl.load(constants + 5 * L + lanes, inside)[None, :]
     step, time = one * R * P * L, one * time_stride
-    # ---- the membranes again, from the currents
-    mem = tl.zeros((PB, LB), WIDE)
-    held = mem
-    mems = (mem,)  # U[-1] = 0, U[0], ..., U[T-1]
-    for t in tl.static_range(T):
-        current = tl.load(x + t * time + at, mask, 0).to(WIDE)
-        if AFFINE:
-            current = current * scale + shift
-        mem = held * beta + current
-        if ZERO:
-            held = tl.where(mem > threshold, 0, mem)
-        else:
-            mem = mem - tl.where(held > threshold, threshold, 0)
-            held = mem
-        mems = mems + (mem,)  # type: ignore[assignment]  # noqa: RUF005
-    # ---- dL/dU, from the last step to the first; `later` is what comes from U[t+1]
-    later = tl.zeros((PB, LB), WIDE)
     total = tl.zeros((PB, LB), WIDE)
     sum_x = tl.zeros((PB, LB), WIDE)
     sum_beta = tl.zeros((PB, LB), WIDE)
     sum_threshold = tl.zeros((PB, LB), WIDE)
-    for t in tl.static_range(T - 1, -1, -1):
-        grad = tl.load(grads + t * step + dense, mask, 0).to(WIDE)
-        if GATED:
-            grad *= tl.load(gates + (t * R + row) * L + lanes, inside)[None, :]
-        if RATED:
-            grad += tl.load(share + (t * R + row) * L + lanes, inside)[None, :]
-        fire = _derivative(mems[t + 1] - threshold, KIND, a, b, c) * tl.where(mask, grad, 0)
-        grad = fire + later
-        before = mems[t]
-        fired = before > threshold
-        live = grad
-        if ZERO:
-            live = tl.where(fired, 0, grad)
-        later = live * beta
-        total += grad
-        if CONSTANTS_TOO:
-            sum_beta += live * before
-            sum_threshold -= fire
-            if not ZERO:
-                sum_threshold -= tl.where(fired, grad, 0)
-        if not ONCE:
+    for block in range(part * each, min((part + 1) * each, one * R * tl.cdiv(P, PB))):
+        row, at, dense, mask = _block(block, lanes, P, L, row_stride, PB)
+        # ---- the membranes again, from the currents
+        mem = tl.zeros((PB, LB), WIDE)
+        held = mem
+        mems = (mem,)  # U[-1] = 0, U[0], ..., U[T-1]
+        for t in tl.static_range(T):
+            current = tl.load(x + t * time + at, mask, 0).to(WIDE)
             if AFFINE:
-                value = tl.load(x + t * time + at, mask, 0).to(WIDE)
+                current = current * scale + shift
+            mem = held * beta + current
+            if ZERO:
+                held = tl.where(mem > threshold, 0, mem)
+            else:
+                mem = mem - tl.where(held > threshold, threshold, 0)
+                held = mem
+            mems = mems + (mem,)  # type: ignore[assignment]  # noqa: RUF005
+        # ---- dL/dU, from the last step to the first; `later` is what comes from U[t+1]
+        later = tl.zeros((PB, LB), WIDE)
+        found = tl.zeros((PB, LB), WIDE)
+        for t in tl.static_range(T - 1, -1, -1):
+            grad = tl.load(grads + t * step + dense, mask, 0).to(WIDE)
+            if GATED:
+                grad *= tl.load(gates + (t * R + row) * L + lanes, inside)[None, :]
+            if RATED:
+                grad += tl.load(share + (t * R + row) * L + lanes, inside)[None, :]
+            fire = _derivative(mems[t + 1] - threshold, KIND, a, b, c) * tl.where(mask, grad, 0)
+            grad = fire + later
+            before = mems[t]
+            fired = before > threshold
+            live = grad
+            if ZERO:
+                live = tl.where(fired, 0, grad)
+            later = live * beta
+            found += grad
+            if CONSTANTS_TOO:
+                sum_beta += live * before
+                sum_threshold -= fire
+                if not ZERO:
+                    sum_threshold -= tl.where(fired, grad, 0)
+            if not ONCE:
+                if AFFINE:
+                    value = tl.load(x + t * time + at, mask, 0).to(WIDE)
+                    sum_x += grad * value
+                    grad = grad * scale + k1 + k2 * value
+                if WRITE:
+                    tl.store(out + t * step + dense, grad.to(out.dtype.element_ty), mask)
+        if ONCE:
+            grad = found
+            if AFFINE:
+                value = tl.load(x + at, mask, 0).to(WIDE)
                 sum_x += grad * value
                 grad = grad * scale + k1 + k2 * value
             if WRITE:
-                tl.store(out + t * step + dense, grad.to(out.dtype.element_ty), mask)
-    if ONCE:
-        grad = total
-        if AFFINE:
-            value = tl.load(x + at, mask, 0).to(WIDE)
-            sum_x = grad * value
-            grad = grad * scale + k1 + k2 * value
-        if WRITE:
-            tl.store(out + dense, grad.to(out.dtype.element_ty), mask)
+                tl.store(out + dense, grad.to(out.dtype.element_ty), mask)
+        total += found
     if SUMS:
-        part = sums + block * 4 * L + lanes
-        tl.store(part, tl.sum(sum_x, 0), inside)
-        tl.store(part + L, tl.sum(total, 0), inside)
-        tl.store(part + 2 * L, tl.sum(sum_beta, 0), inside)
-        tl.store(part + 3 * L, tl.sum(sum_threshold, 0), inside)
+        into = sums + part * 4 * L + lanes
+        tl.store(into, tl.sum(sum_x, 0), inside)
+        tl.store(into + L, tl.sum(total, 0), inside)
+        tl.store(into + 2 * L, tl.sum(sum_beta, 0), inside)
+        tl.store(into + 3 * L, tl.sum(sum_threshold, 0), inside)
 
 
 @jit
 def _moments(  # type: ignore[no-untyped-def]
-    x, sums, T, R, P, L, time_stride, row_stride, PB: tl.constexpr, LB: tl.constexpr
+    x, sums, each, T, R, P, L, time_stride, row_stride, PB: tl.constexpr, LB: tl.constexpr
 ):
-    block, _, lanes, at, _, mask, one = _block(P, L, row_stride, PB, LB)
+    part, lanes, inside, one = _lanes(L, LB)
     total = tl.zeros((PB, LB), tl.float64)
     squares = tl.zeros((PB, LB), tl.float64)
     time = one * time_stride
-    for t in range(T):
-        value = tl.load(x + t * time + at, mask, 0).to(tl.float64)
-        total += value
-        squares += value * value
-    part = sums + block * 2 * L + lanes
-    tl.store(part, tl.sum(total, 0), lanes < L)
-    tl.store(part + L, tl.sum(squares, 0), lanes < L)
+    for block in range(part * each, min((part + 1) * each, one * R * tl.cdiv(P, PB))):
+        _, at, _, mask = _block(block, lanes, P, L, row_stride, PB)
+        for t in range(T):
+            value = tl.load(x + t * time + at, mask, 0).to(tl.float64)
+            total += value
+            squares += value * value
+    into = sums + part * 2 * L + lanes
+    tl.store(into, tl.sum(total, 0), inside)
+    tl.store(into + L, tl.sum(squares, 0), inside)
 
 
 @jit
@@ -242,13 +277,16 @@ def forward(
     layout: Layout, x: Tensor, constants: Tensor, zero: bool, affine: bool, spikes: Tensor, counts: Tensor | None
 ) -> None:
     """Write the spikes, in bytes a bit each, and how many fired in each lane of [T, R, L], into the given tensors."""
-    _, grid, places, lanes = _grid(layout, 1024)
-    if counts is not None:
+    places, lanes = _tile(layout, 1024)
+    blocks, lane_blocks = triton.cdiv(layout.places, places), triton.cdiv(layout.lanes, lanes)
+    each = 1 if counts is None else min(_each(layout.rows * blocks * lane_blocks), blocks, 255)  # counted in bytes
+    parts = triton.cdiv(blocks, each)
+    if counts is not None and parts > 1:
         counts.zero_()
     with torch.cuda.device_of(x):
-        _forward[grid](
-            x, constants, spikes, counts, *_sizes(layout),
-            T=layout.steps, ZERO=zero, AFFINE=affine, RATED=counts is not None,
+        _forward[(layout.rows * parts * lane_blocks,)](
+            x, constants, spikes, counts, each, *_sizes(layout),
+            T=layout.steps, ZERO=zero, AFFINE=affine, RATED=counts is not None, WHOLE=parts == 1,
             PACKED=spikes.dtype == torch.uint8, WIDE=wide_of(constants), PB=places, LB=lanes, enable_fp_fusion=False,
         )  # fmt: skip
 
@@ -272,26 +310,28 @@ def backward(
     `grad_spikes` is times `gates` plus `share`, [T, R, L] each. The last two sums are taken where `constants_too`.
     """
     # T membranes for each number of a block, in the registers of 128 threads: more spill (ptxas, sm_90).
-    blocks, grid, places, lanes = _grid(layout, 512 if layout.steps <= 8 else 256 if layout.steps <= 16 else 128)
-    parts = constants.new_empty(blocks, 4, layout.lanes) if sums else None
+    places, lanes = _tile(layout, 512 if layout.steps <= 8 else 256 if layout.steps <= 16 else 128)
+    parts, each, grid = _parts(layout, places, lanes, sums)
+    found = constants.new_empty(parts, 4, layout.lanes) if sums else None
     kind, a, b, c = surrogate
     with torch.cuda.device_of(x):
         _backward[grid](
-            x, constants, grad_spikes, gates, share, out, parts, a, b, c, *_sizes(layout),
+            x, constants, grad_spikes, gates, share, out, found, each, a, b, c, *_sizes(layout),
             T=layout.steps, ZERO=zero, AFFINE=affine, RATED=share is not None, GATED=gates is not None, KIND=kind,
             WRITE=out is not None, SUMS=sums, CONSTANTS_TOO=sums and constants_too, ONCE=layout.steps > len(x),
             WIDE=wide_of(constants), PB=places, LB=lanes, enable_fp_fusion=False,
         )  # fmt: skip
-    return None if parts is None else parts.sum(0)
+    return None if found is None else found.sum(0)
 
 
 def moments(layout: Layout, x: Tensor) -> Tensor:
     """Sums of x and of its square over time and rows, [2, L] in float64."""
-    blocks, grid, places, lanes = _grid(layout, 512)
-    parts = torch.empty(blocks, 2, layout.lanes, dtype=torch.float64, device=x.device)
+    places, lanes = _tile(layout, 512)
+    parts, each, grid = _parts(layout, places, lanes, True)
+    found = torch.empty(parts, 2, layout.lanes, dtype=torch.float64, device=x.device)
     with torch.cuda.device_of(x):
-        _moments[grid](x, parts, layout.steps, *_sizes(layout), PB=places, LB=lanes)
-    return parts.sum(0)
+        _moments[grid](x, found, each, layout.steps, *_sizes(layout), PB=places, LB=lanes)
+    return found.sum(0)
 
 
 def gate(layout: Layout, x: Tensor, gates: Tensor, out: Tensor) -> None:
@@ -323,7 +363,7 @@ def _gate_pass(
     sums: Tensor | None,
     bits: bool,
 ) -> None:
-    _, _, places, lanes = _grid(layout, 1024)
+    places, lanes = _tile(layout, 1024)
     wide = gates if sums is None else sums
     assert wide is not None
     grid = (layout.steps * layout.rows * triton.cdiv(layout.lanes, lanes),)
@@ -334,12 +374,22 @@ def _gate_pass(
         )  # fmt: skip
 
 
-def _grid(layout: Layout, block: int) -> tuple[int, tuple[int], int, int]:
-    """(blocks of rows and places, programs, places and lanes of each)."""
+def _tile(layout: Layout, block: int) -> tuple[int, int]:
+    """How many places and lanes make a block."""
     lanes = min(triton.next_power_of_2(layout.lanes), block)
-    places = min(triton.next_power_of_2(layout.places), block // lanes)
-    blocks = layout.rows * triton.cdiv(layout.places, places)
-    return blocks, (blocks * triton.cdiv(layout.lanes, lanes),), places, lanes
+    return min(triton.next_power_of_2(layout.places), block // lanes), lanes
+
+
+def _parts(layout: Layout, places: int, lanes: int, sums: bool) -> tuple[int, int, tuple[int]]:
+    """(programs that share lanes, blocks that each takes at most, all programs)."""
+    blocks, lane_blocks = layout.rows * triton.cdiv(layout.places, places), triton.cdiv(layout.lanes, lanes)
+    each = _each(blocks * lane_blocks) if sums else 1
+    parts = triton.cdiv(blocks, each)
+    return parts, each, (parts * lane_blocks,)
+
+
+def _each(blocks: int) -> int:
+    return triton.cdiv(blocks, PROGRAMS)
 
 
 def _sizes(layout: Layout) -> tuple[int, int, int, int, int]:
