@@ -20,6 +20,7 @@ from spikegen.kernels import (
     modulated_scan,
     normed_scan,
 )
+from spikegen.kernels.norms import scaled
 from spikegen.kernels.surrogates import ATan, Surrogate
 from spikegen.spec import Spec, UserError, default_kind
 
@@ -137,11 +138,17 @@ class LIF(nn.Module):
         return modulated_scan(current, beta, threshold, self.spec.reset, self.spec.surrogate, change)
 
     def step(
-        self, current: Float[Tensor, " B *n"], mem: Float[Tensor, " B *n"] | None
+        self,
+        current: Float[Tensor, " B *n"],
+        mem: Float[Tensor, " B *n"] | None,
+        affine: tuple[Float[Tensor, " C"], Float[Tensor, " C"]] | None = None,
     ) -> tuple[Float[Tensor, " B *n"], Float[Tensor, " B *n"]]:
-        """One time step without gradient: (spikes, membrane to carry to the next step); `mem` None starts at rest."""
+        """One time step without gradient: (spikes, membrane to carry to the next step); `mem` None starts at rest.
+
+        With `affine`, scale and shift, of the currents scale X + shift.
+        """
         beta, threshold = self._constants(current)
-        return lif_step(current, mem, beta, threshold, self.spec.reset)
+        return lif_step(current, mem, beta, threshold, self.spec.reset, affine=affine, engine=self.engine)
 
     def step_changed(
         self, current: Float[Tensor, " B *n"], mem: Float[Tensor, " B *n"] | None, change: Callable[[Tensor], Tensor]
@@ -186,9 +193,14 @@ class ReLU(nn.Module):
         """Activations of changed currents, each step by itself."""
         return self(torch.stack([change(step) for step in current]))
 
-    def step(self, current: Float[Tensor, " B *n"], mem: Tensor | None) -> tuple[Float[Tensor, " B *n"], None]:
+    def step(
+        self,
+        current: Float[Tensor, " B *n"],
+        mem: Tensor | None,
+        affine: tuple[Float[Tensor, " C"], Float[Tensor, " C"]] | None = None,
+    ) -> tuple[Float[Tensor, " B *n"], None]:
         """One step, which needs nothing of the one before."""
-        return self(current), None
+        return self(current if affine is None else scaled(current, affine)), None
 
     def step_changed(
         self, current: Float[Tensor, " B *n"], mem: Tensor | None, change: Callable[[Tensor], Tensor]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from spikegen.attention import TCJA
 from spikegen.kernels.gating import gated
-from spikegen.kernels.norms import per_channel
+from spikegen.kernels.norms import scaled
 from spikegen.multi_attention import MultiAttention
 from spikegen.stages import Layer, Stage
 from spikegen.threshold_norm import ThresholdNorm
@@ -42,7 +42,7 @@ class StageStepper:
         self.mem: Tensor | None = None
         # autocast casts weights anew at every call where no gradient is taken
         self.layer = _autocast_copy(stage.layer)
-        self.norm = None if stage.norm is None else running_norm(stage.norm, stage.bias)
+        self.affine = None if stage.norm is None else running_affine(stage.norm, stage.bias)
         self.attention = None if stage.attention is None else AttentionStepper(stage.attention)
 
     @torch.no_grad()
@@ -50,18 +50,23 @@ class StageStepper:
         """The next step's spikes (gated where there is attention); `direct` is added to their current."""
         stage, current = self.stage, self.layer(x)
         dtype = current.dtype
-        if self.norm is not None:
-            current = self.norm(current)
-        if direct is not None:
-            current += direct
-        if stage.pool is not None and stage.pools_currents:
-            current = stage.pool(current)
-        spikes = self._fire(current).to(dtype)
+        if direct is None and not stage.pools_currents and not isinstance(stage.attention, MultiAttention):
+            spikes, self.mem = stage.neuron.step(current, self.mem, self.affine)
+        else:
+            spikes = self._fire(self._current(current, direct))
+        spikes = spikes.to(dtype)
         if self.attention is not None and not isinstance(stage.attention, MultiAttention):
             spikes = self.attention(spikes)  # its squeeze is of all places: before pooling, which `Stage` does first
         if stage.pool is not None and not stage.pools_currents:
             spikes = stage.pool(spikes)
         return spikes
+
+    def _current(self, current: Tensor, direct: Tensor | None) -> Tensor:
+        if self.affine is not None:
+            current = scaled(current, self.affine)
+        if direct is not None:
+            current += direct
+        return self.stage.pool(current) if self.stage.pool is not None and self.stage.pools_currents else current
 
     def _fire(self, current: Tensor) -> Tensor:
         attention, neuron = self.stage.attention, self.stage.neuron
@@ -103,16 +108,10 @@ class AttentionStepper:
         return attention.gate(F.pad(torch.stack(self.seen), (0, 0, 0, 0, 0, missing)))[now]
 
 
-def running_norm(norm: ThresholdNorm, bias: Tensor | None = None) -> Callable[[Tensor], Tensor]:
-    """The norm of one step's currents under its running statistics, its scale and shift taken now."""
+def running_affine(norm: ThresholdNorm, bias: Tensor | None = None) -> tuple[Float[Tensor, " C"], Float[Tensor, " C"]]:
+    """The norm under its running statistics as they are now: a scale and a shift for every channel."""
     with torch.no_grad():
-        scale, shift = norm.running(bias).affine()
-
-    def apply(current: Tensor) -> Tensor:
-        s, b = (per_channel(c, current.unsqueeze(0)) for c in (scale, shift))
-        return (current * s).add_(b)
-
-    return apply
+        return norm.running(bias).affine()
 
 
 def _autocast_copy(layer: Layer) -> Callable[[Tensor], Tensor]:

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from spikegen.attention import TCJA
 from spikegen.classifier import SpikingClassifier
 from spikegen.heads import RateHead, SpikingHead
+from spikegen.kernels.norms import scaled
 from spikegen.multi_attention import MultiAttention
 from spikegen.residual import Block, ResidualStage, Stem
 from spikegen.spec import UserError
 from spikegen.stages import Stage
-from spikegen.stepping import AttentionStepper, StageStepper, running_norm
+from spikegen.stepping import AttentionStepper, StageStepper, running_affine
 from spikegen.threshold_norm import ThresholdNorm
 
 Step = Callable[[Tensor], Tensor]
@@ -131,8 +132,8 @@ def _encoder_step(stage: nn.Module) -> Step:
 
 def _norm_step(norm: ThresholdNorm) -> Step:
     """As `norm_of`: currents keep their dtype."""
-    wide = running_norm(norm)
-    return lambda current: wide(current).to(current.dtype)
+    affine = running_affine(norm)
+    return lambda current: scaled(current, affine).to(current.dtype)
 
 
 def _head_step(head: nn.Module) -> Step:

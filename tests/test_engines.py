@@ -465,13 +465,15 @@ FOR_A_GPU = """
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from spikegen.kernels import attend_triton as passes, lif_triton as kernels
+from spikegen.kernels import attend_triton as passes, lif_triton as kernels, step_triton
 
 SIZES = ("R", "P", "L", "T", "time_stride", "row_stride", "each")
 POINTERS = {"constants": "*fp32", "share": "*fp32", "sums": "*fp32", "counts": "*fp32", "gates": "*fp32"}
 
 def build(kernel, floats, bytes=(), **constants):
     def kind(name):
+        if name in ("N", "C", "inner"):
+            return "i64" if name == "N" else "i32"
         wide = "*fp64" if kernel is kernels._moments else "*fp32"
         if name in constants:
             return "constexpr"
@@ -512,6 +514,10 @@ for floats, cases in (("bf16", ({}, *ONES)), ("fp32", ({},))):
         for spaced, relu in ((False, True), (True, False)):
             for kernel in (passes._attend, passes._attend_backward):
                 build(kernel, floats, SPACED=spaced, RELU=relu, **common, **images)
+for first, sizes in ((True, {}), (False, {"C": 1}), (False, {"inner": 1})):
+    ptx = build(step_triton._step, "bf16", FIRST=first, ZERO=first, AFFINE=True, LEAKS=first, HEIGHTS=not first,
+                WIDE=tl.float32, BLOCK=1024, **sizes)
+    assert "fma.rn" not in ptx
 for kind in range(6):
     build(kernels._backward, "bf16", T=2, ZERO=False, AFFINE=False, RATED=False, GATED=False, KIND=kind, WRITE=True,
           SUMS=False, CONSTANTS_TOO=False, ONCE=False, WIDE=tl.float32, PB=4, LB=32)

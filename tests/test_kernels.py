@@ -2,12 +2,13 @@
 
 import math
 
+import numpy as np
 import pytest
 import snntorch
 import torch
 from snntorch import surrogate as snn_surrogate
 
-from spikegen.kernels import ENGINES, lif_scan, lif_step
+from spikegen.kernels import ENGINES, Norm, lif_scan, lif_step, normed_scan
 from spikegen.kernels.surrogates import ATan, FastSigmoid, Rectangle, Sigmoid, StraightThrough, Triangle
 from tests.inputs import home
 
@@ -221,6 +222,36 @@ def test_steps_are_the_scan(reset, dtype, threshold):
         spikes.append(spike)
     assert torch.equal(torch.stack(spikes), lif_scan(x, beta, height, reset, ATan()))
     assert spikes[0].dtype == dtype
+
+
+@pytest.mark.parametrize("engine", ["torch", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("seed", range(6))
+def test_normed_steps_are_the_normed_scan(engine, dtype, seed):
+    """In any order of memory; with constants a channel or one; the first step under a threshold below 0 too."""
+    rng = np.random.default_rng(seed)
+    shape = [(), (5,), (9, 2)][seed % 3]
+    channels, reset = int(rng.integers(1, 900)), RESETS[seed % 2]
+    y = currents(5, 3, channels, *shape, dtype=dtype, seed=seed)
+    if seed in (1, 5):
+        y = y.movedim(2, -1).contiguous().movedim(-1, 2)
+    if seed == 2:
+        y = y.repeat_interleave(2, 2)[:, :, ::2]
+    wide = torch.promote_types(dtype, torch.float32)
+    each = (channels, *(1,) * len(shape))
+    number = lambda low, high, shape: torch.rand(shape, dtype=wide).to(y.device) * (high - low) + low  # noqa: E731
+    beta, threshold = number(-0.2, 1.2, each if seed > 2 else ()), number(-0.2, 0.5, each if seed % 3 else ())
+    norm = Norm(*(number(-1, 1, channels) for _ in range(3)), number(0.5, 2, channels), False)
+    affine = None if seed == 4 else norm.affine()
+    mem, spikes = None, []
+    for current in y:
+        spike, mem = lif_step(current, mem, beta, threshold, reset, affine=affine, engine=engine)
+        assert mem.dtype == wide
+        spikes.append(spike)
+    wanted, _ = normed_scan(y, affine and norm, beta, threshold, reset, ATan(), len(y), "torch")
+    assert 0 < wanted.float().mean() < 1
+    assert torch.equal(torch.stack(spikes), wanted)
+    assert wanted.dtype == dtype
 
 
 def test_a_step_leaves_the_carried_membrane_as_it_was():

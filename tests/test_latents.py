@@ -149,7 +149,7 @@ def test_every_candidate_is_picked_equally_often(candidates):
     draws = 20_000
     uniform = torch.rand(draws, 2)
     which = torch.arange(candidates).repeat(2) + torch.tensor([0, 100]).repeat_interleave(candidates)
-    picked, mean = latent._pick(which.expand(draws, -1).float(), uniform)
+    picked, mean = latent._pick(which.expand(draws, -1).float(), latent._drawn(uniform))
     for d in range(2):
         counts = torch.bincount((picked[:, d] - 100 * d).long(), minlength=candidates).double()
         assert len(counts) == candidates  # never another bit's
@@ -157,14 +157,14 @@ def test_every_candidate_is_picked_equally_often(candidates):
         assert (counts - expected).abs().max() < 5 * expected**0.5
         assert mean[0, d] == 100 * d + (candidates - 1) / 2
     top = torch.tensor([[0.0, torch.nextafter(torch.tensor(1.0), torch.tensor(0.0)).item()]])
-    assert latent._pick(which[None].float(), top)[0].tolist() == [[0, 100 + candidates - 1]]
+    assert latent._pick(which[None].float(), latent._drawn(top))[0].tolist() == [[0, 100 + candidates - 1]]
 
 
 def test_the_gradient_goes_straight_to_the_drawn_candidate_and_evenly_through_the_rate():
     latent = build()
     out = torch.rand(9, SIZE * K, dtype=torch.float64, requires_grad=True)
     uniform, of_bits, of_rates = (torch.rand(9, SIZE).double() for _ in range(3))
-    bits, rate = latent._pick(out, uniform)
+    bits, rate = latent._pick(out, latent._drawn(uniform))
     ((bits * of_bits).sum() + (rate * of_rates).sum()).backward()
     expected = (of_rates / K).repeat_interleave(K, 1)
     for b in range(9):

@@ -1,6 +1,8 @@
 """The leaky integrate-and-fire scan and its engines, one file each; every engine equals `reference`."""
 
+import importlib
 from collections.abc import Callable
+from types import ModuleType
 from typing import Literal
 
 import torch
@@ -11,7 +13,7 @@ from spikegen.kernels import analytic, attended, attending, fused, gated_scan, m
 from spikegen.kernels.attending import Attended
 from spikegen.kernels.engines import ENGINES, Engine, choose
 from spikegen.kernels.gating import gated
-from spikegen.kernels.norms import Norm, moments
+from spikegen.kernels.norms import Norm, moments, scaled
 from spikegen.kernels.surrogates import AnySurrogate
 
 __all__ = [
@@ -123,16 +125,28 @@ def lif_step(
     threshold: Float[Tensor, "*h"],
     reset: Reset,
     change: Callable[[Tensor], Tensor] | None = None,
+    affine: tuple[Float[Tensor, " C"], Float[Tensor, " C"]] | None = None,
+    engine: Engine = "auto",
 ) -> tuple[Float[Tensor, "*n"], Float[Tensor, "*n"]]:
     """One step of `lif_scan` with the state carried by the caller: (spikes, membrane before the reset). No gradient.
 
-    With `change` it is one of `modulated_scan`.
+    With `change` it is one of `modulated_scan`; with `affine` the currents are scale x + shift, channels dimension 1.
     """
-    beta, threshold = _wide(x, beta, threshold)
     with torch.no_grad():
-        mem = analytic.step(x, mem, beta, threshold, reset)
+        if change is None and x.dim() > 1 and choose(engine, x.device, x.dtype) == "triton" and x.is_floating_point():
+            wide = torch.promote_types(x.dtype, torch.float32)
+            constants = beta.to(x.device, wide), threshold.to(x.device, wide)
+            if not torch.compiler.is_compiling() and _steps().fits(x, mem, *constants):
+                found: tuple[Tensor, Tensor] = _steps().step(x, mem, affine, *constants, reset == "zero")
+                return found
+        beta, threshold = _wide(x, beta, threshold)
+        mem = analytic.step(x if affine is None else scaled(x, affine), mem, beta, threshold, reset)
         mem = mem if change is None else change(mem)
         return (mem > threshold).to(x.dtype), mem
+
+
+def _steps() -> ModuleType:
+    return importlib.import_module("spikegen.kernels.step_triton")  # not above: triton may be absent
 
 
 def _wide(x: Tensor, beta: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:

@@ -56,6 +56,14 @@ def per_channel(constant: Tensor, y: Tensor) -> Tensor:
     return constant.view(-1, *(1,) * (y.dim() - 3))
 
 
+def scaled(
+    current: Float[Tensor, "B C *n"], affine: tuple[Float[Tensor, " C"], Float[Tensor, " C"]]
+) -> Float[Tensor, "B C *n"]:
+    """Scale X + shift of one step's currents, in new memory."""
+    scale, shift = (per_channel(c, current.unsqueeze(0)) for c in affine)
+    return (current * scale).add_(shift)
+
+
 @torch.library.custom_op("spikegen::sums", mutates_args=())
 def _sums(y: Tensor) -> Tensor:
     """Sum of Y and of Y^2 over all but the channels, [2, C] in float64."""

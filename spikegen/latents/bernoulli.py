@@ -83,7 +83,7 @@ class Bernoulli(nn.Module):
         if self.training:
             # The stepped pass fixed z_<t; this one, parallel in time, has the batch statistics and the gradient.
             out = _network(self.posterior, torch.cat([encoded, _previous(spikes)], -1), direct)
-            spikes, rate = self._pick(out, uniform)
+            spikes, rate = self._pick(out, self._drawn(uniform))
         return Posterior(spikes, rate)
 
     def predict(
@@ -101,8 +101,8 @@ class Bernoulli(nn.Module):
         """z from the prior, one step at a time with the membranes carried."""
         step = Stepper(self.prior)
         z, drawn = torch.zeros_like(uniform[0]), []
-        for u in uniform:
-            z, _ = self._pick(step(self._with_label(z, label)), u)
+        for index in self._drawn(uniform):
+            z, _ = self._pick(step(self._with_label(z, label)), index)
             drawn.append(z)
         return torch.stack(drawn)
 
@@ -110,9 +110,9 @@ class Bernoulli(nn.Module):
     def _draw_posterior(self, encoded: Tensor, direct: Tensor | None, uniform: Tensor) -> tuple[Tensor, Tensor]:
         step = Stepper(self.posterior)
         z, drawn = torch.zeros_like(encoded[0]), []
-        for t, (x, u) in enumerate(zip(encoded, uniform, strict=True)):
+        for t, (x, index) in enumerate(zip(encoded, self._drawn(uniform), strict=True)):
             now = None if direct is None else direct[t]
-            z, rate = self._pick(step(torch.cat([x, z], -1), now), u)
+            z, rate = self._pick(step(torch.cat([x, z], -1), now), index)
             drawn.append((z, rate))
         spikes, rates = zip(*drawn, strict=True)
         return torch.stack(spikes), torch.stack(rates)
@@ -129,11 +129,13 @@ class Bernoulli(nn.Module):
         if coins.device.type == "cpu" and not coins[:-1].any():
             return _previous(spikes)
         step = Stepper(self.prior)
+        # Breaks the ties of candidates half of which fire: in float32, as in bfloat16 0.5 would take in the noise.
+        half = 0.5 - 1e-3 * torch.randn(spikes.shape, device=spikes.device)
         z, inputs = torch.zeros_like(spikes[0]), []
-        for own, coin in zip(spikes, coins, strict=True):
+        for own, coin, bound in zip(spikes, coins, half, strict=True):
             inputs.append(z)
             rate = self._candidates(step(self._with_label(z, label))).mean(-1)
-            z = torch.where(coin, (rate + 1e-3 * torch.randn_like(rate) > 0.5).to(own.dtype), own)
+            z = torch.where(coin, (rate > bound).to(own.dtype), own)
         return torch.stack(inputs)
 
     def _direct(self, features: Tensor) -> Tensor | None:
@@ -153,10 +155,13 @@ class Bernoulli(nn.Module):
     def _candidates(self, out: Tensor) -> Tensor:
         return out.unflatten(-1, (self.spec.size, self.spec.candidates))
 
-    def _pick(self, out: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-        """One candidate a bit, each as likely: (the bits, their probability, which is the candidates' mean)."""
+    def _drawn(self, uniform: Tensor) -> Tensor:
+        """Which candidate each bit is, all as likely."""
+        return (uniform * self.spec.candidates).long().clamp(max=self.spec.candidates - 1)
+
+    def _pick(self, out: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """(The bits, their probability, which is the candidates' mean.)"""
         candidates = self._candidates(out)
-        index = (uniform * self.spec.candidates).long().clamp(max=self.spec.candidates - 1)
         return candidates.gather(-1, index.unsqueeze(-1)).squeeze(-1), candidates.mean(-1)
 
 

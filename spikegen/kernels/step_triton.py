@@ -1,0 +1,67 @@
+"""One time step in one kernel on a CUDA device: norm, integration and firing, the membrane carried by the caller.
+
+Networks stepped through time launch a kernel for every stage and step in place of a dozen.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from spikegen.kernels.lif_triton import jit, wide_of
+
+BLOCK = 1024
+
+
+@jit
+def _step(  # type: ignore[no-untyped-def]
+    y, mem, scale, shift, beta, threshold, spikes, after, N, C, inner,
+    FIRST: tl.constexpr, ZERO: tl.constexpr, AFFINE: tl.constexpr, LEAKS: tl.constexpr, HEIGHTS: tl.constexpr,
+    WIDE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    here = tl.arange(0, BLOCK)
+    at = start + here
+    mask = at < N
+    channel = ((start % (C * inner)).to(tl.int32) + here) // inner % C
+    current = tl.load(y + at, mask, 0).to(WIDE)
+    if AFFINE:
+        current = current * tl.load(scale + channel) + tl.load(shift + channel)
+    leak = tl.load(beta + channel) if LEAKS else tl.load(beta)
+    height = tl.load(threshold + channel) if HEIGHTS else tl.load(threshold)
+    before = tl.zeros((BLOCK,), WIDE) if FIRST else tl.load(mem + at, mask, 0)
+    fired = before > height
+    held = tl.where(fired, 0, before) if ZERO else before
+    now = held * tl.minimum(tl.maximum(leak, 0), 1) + current
+    if not ZERO:
+        now = now - tl.where(fired, height, 0)
+    tl.store(spikes + at, tl.where(now > height, 1.0, 0.0).to(spikes.dtype.element_ty), mask)
+    tl.store(after + at, now, mask)
+
+
+def fits(y: Tensor, mem: Tensor | None, beta: Tensor, threshold: Tensor) -> bool:
+    """Whether `step` takes these: dense numbers, a membrane in the same order, constants of every channel or one."""
+    known = all(k.numel() == 1 or (k.numel() == y.shape[1] and k.shape[0] == k.numel()) for k in (beta, threshold))
+    alike = mem is None or (mem.stride() == y.stride() and mem.dtype == beta.dtype)
+    return known and alike and y.numel() > 0 and (y.is_contiguous() or y.movedim(1, -1).is_contiguous())
+
+
+def step(
+    y: Tensor,
+    mem: Tensor | None,
+    affine: tuple[Tensor, Tensor] | None,
+    beta: Tensor,
+    threshold: Tensor,
+    zero: bool,
+) -> tuple[Tensor, Tensor]:
+    """(spikes in the dtype of `y` [B, C, ...], membrane before the reset); `affine`: a scale and a shift a channel."""
+    spikes, after = torch.empty_like(y), torch.empty_like(y, dtype=beta.dtype)
+    inner = y[0, 0].numel() if y.is_contiguous() else 1
+    scale, shift = affine or (None, None)
+    with torch.cuda.device_of(y):
+        _step[(triton.cdiv(y.numel(), BLOCK),)](
+            y, mem, scale, shift, beta, threshold, spikes, after, y.numel(), y.shape[1], inner,
+            FIRST=mem is None, ZERO=zero, AFFINE=affine is not None, LEAKS=beta.numel() > 1,
+            HEIGHTS=threshold.numel() > 1, WIDE=wide_of(beta), BLOCK=BLOCK, enable_fp_fusion=False,
+        )  # fmt: skip
+    return spikes, after
