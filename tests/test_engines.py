@@ -86,7 +86,7 @@ def assert_same(ours, theirs, rounding):
 def few_programs(engine, seed, monkeypatch):
     """What takes sums goes over several blocks, which scans as small as these never have on a large device."""
     if engine == "triton" and seed % 2:
-        monkeypatch.setattr(engines.module(engine), "PROGRAMS", 1 + seed % 4)
+        monkeypatch.setattr("spikegen.kernels.triton_tools.PROGRAMS", 1 + seed % 4)
 
 
 @pytest.mark.parametrize("seed", range(24))
@@ -465,7 +465,7 @@ FOR_A_GPU = """
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from spikegen.kernels import attend_triton as passes, lif_triton as kernels, step_triton
+from spikegen.kernels import attend_triton, lif_triton, passes_triton, step_triton
 
 SIZES = ("R", "P", "L", "T", "time_stride", "row_stride", "each")
 POINTERS = {"constants": "*fp32", "share": "*fp32", "sums": "*fp32", "counts": "*fp32", "gates": "*fp32"}
@@ -474,12 +474,12 @@ def build(kernel, floats, bytes=(), **constants):
     def kind(name):
         if name in ("N", "C", "inner"):
             return "i64" if name == "N" else "i32"
-        wide = "*fp64" if kernel is kernels._moments else "*fp32"
+        wide = "*fp64" if kernel is passes_triton._moments else "*fp32"
         if name in constants:
             return "constexpr"
         if name in ("x", "y", "grads", "out", "spikes"):
             return "*u8" if name in bytes else f"*{floats}"
-        if name in ("mean", "square") and kernel is passes._squeeze:
+        if name in ("mean", "square") and kernel is attend_triton._squeeze:
             return "*fp64"
         if name in (*SIZES, "steps"):
             return "i32"
@@ -494,32 +494,32 @@ for floats, cases in (("bf16", ({}, *ONES)), ("fp32", ({},))):
     for sizes in cases:
         common = dict(WIDE=tl.float32, PB=16, LB=32)
         scan = dict(ZERO=not sizes, AFFINE=True, RATED=True)
-        ptx = build(kernels._forward, floats, T=4, PACKED=False, WHOLE=not sizes, **common, **scan, **sizes)
+        ptx = build(lif_triton._forward, floats, T=4, PACKED=False, WHOLE=not sizes, **common, **scan, **sizes)
         assert "fma.rn" not in ptx  # a fused multiply-add would round once where snnTorch rounds twice
-        build(kernels._forward, floats, ("spikes",), T=9, PACKED=True, WHOLE=bool(sizes), **common, **scan, **sizes)
+        build(lif_triton._forward, floats, ("spikes",), T=9, PACKED=True, WHOLE=bool(sizes), **common, **scan, **sizes)
         more = dict(KIND=0, GATED=not sizes, WRITE=True, SUMS=True, CONSTANTS_TOO=True, ONCE=bool(sizes))
-        assert "fma.rn" not in build(kernels._backward, floats, T=4, **common, **scan, **more, **sizes)
-        build(kernels._moments, floats, PB=16, LB=32, **sizes)
+        assert "fma.rn" not in build(lif_triton._backward, floats, T=4, **common, **scan, **more, **sizes)
+        build(passes_triton._moments, floats, PB=16, LB=32, **sizes)
         for back, bits in ((False, False), (True, False), (False, True), (True, True)):
             sized = {k: v for k, v in sizes.items() if k in "RPL"}
-            build(kernels._gate, floats, ("x",) if bits else (), BACK=back, BITS=bits, **common, **sized)
+            build(passes_triton._gate, floats, ("x",) if bits else (), BACK=back, BITS=bits, **common, **sized)
         images = {k: v for k, v in sizes.items() if k != "each"}
-        for kernel in (passes._squeeze, passes._channels, passes._channels_backward):
+        for kernel in (attend_triton._squeeze, attend_triton._channels, attend_triton._channels_backward):
             assert "fma.rn.f32" not in build(kernel, floats, **common, **images)
         for spaced, steps in ((False, {}), (True, {}), (True, {"steps": 1})):
-            ptx = build(passes._squeeze_backward, floats, SPACED=spaced, **steps, **common, **images)
+            ptx = build(attend_triton._squeeze_backward, floats, SPACED=spaced, **steps, **common, **images)
             assert "fma.rn.f32" not in ptx
         for places, lanes in ((2048, 1), (1, 2048)):
-            build(passes._channels_backward, floats, WIDE=tl.float32, PB=places, LB=lanes, **images)
+            build(attend_triton._channels_backward, floats, WIDE=tl.float32, PB=places, LB=lanes, **images)
         for spaced, relu in ((False, True), (True, False)):
-            for kernel in (passes._attend, passes._attend_backward):
+            for kernel in (attend_triton._attend, attend_triton._attend_backward):
                 build(kernel, floats, SPACED=spaced, RELU=relu, **common, **images)
 for first, sizes in ((True, {}), (False, {"C": 1}), (False, {"inner": 1})):
     ptx = build(step_triton._step, "bf16", FIRST=first, ZERO=first, AFFINE=True, LEAKS=first, HEIGHTS=not first,
                 WIDE=tl.float32, BLOCK=1024, **sizes)
     assert "fma.rn" not in ptx
 for kind in range(6):
-    build(kernels._backward, "bf16", T=2, ZERO=False, AFFINE=False, RATED=False, GATED=False, KIND=kind, WRITE=True,
+    build(lif_triton._backward, "bf16", T=2, ZERO=False, AFFINE=False, RATED=False, GATED=False, KIND=kind, WRITE=True,
           SUMS=False, CONSTANTS_TOO=False, ONCE=False, WIDE=tl.float32, PB=4, LB=32)
 """
 

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from spikegen.kernels.layout import Layout
-from spikegen.kernels.lif_triton import jit, wide_of
+from spikegen.kernels.triton_tools import jit, wide_of
 
 MAX_CHANNELS = 2048
 """All of a place's are in registers at once."""

@@ -4,25 +4,33 @@ The backward computes the membranes again from the currents, so that nothing but
 interpreter (TRITON_INTERPRET=1) the same code runs on the CPU, for tests.
 """
 
-import inspect
-from collections.abc import Callable
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from spikegen.kernels.layout import Layout
+from spikegen.kernels.passes_triton import gate, gate_backward, gate_bits, gate_bits_backward, moments
+from spikegen.kernels.triton_tools import block_of, each_of, jit, lanes_of, parts_of, sizes, tile, wide_of
+
+__all__ = [
+    "MAX_STEPS",
+    "TILE",
+    "backward",
+    "forward",
+    "gate",
+    "gate_backward",
+    "gate_bits",
+    "gate_bits_backward",
+    "moments",
+    "unavailable",
+]
 
 TILE = 1
 """Lanes that places are merged up to: none, a program takes a block of places by lanes."""
 
 MAX_STEPS = 64
 """Every step's membrane is in a register of its own in the backward."""
-
-PROGRAMS = 2048
-"""As many as a large device runs at once. Where there are sums to write, each takes more than a block instead."""
 
 INTERPRETED = triton.knobs.runtime.interpret
 _FLOATS = {torch.bfloat16, torch.float16, torch.float32, torch.float64}
@@ -33,11 +41,6 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type != "cuda" and not INTERPRETED:
         return f"it needs a CUDA device, and this is on {device.type}"
     return None if dtype in _FLOATS else f"it has no {str(dtype).removeprefix('torch.')}"
-
-
-def jit(function: Callable[..., None]) -> Any:
-    """A kernel, without the decorators that Triton does not understand, such as those that check shapes in tests."""
-    return triton.jit(inspect.unwrap(function))
 
 
 @jit
@@ -59,32 +62,12 @@ def _derivative(v, KIND: tl.constexpr, a, b, c):  # type: ignore[no-untyped-def]
 
 
 @jit
-def _lanes(L, LB: tl.constexpr):  # type: ignore[no-untyped-def]
-    """(which of the programs that share these lanes, the lanes, which of them there are, one)."""
-    one = tl.full((), 1, tl.int64)  # offsets are of 64 bits; an argument that is 1 is no tensor, and cannot be cast
-    lane_blocks = tl.cdiv(L, LB)
-    lanes = (tl.program_id(0) % lane_blocks) * LB + tl.arange(0, LB)
-    return one * (tl.program_id(0) // lane_blocks), lanes, lanes < L, one
-
-
-@jit
-def _block(index, lanes, P, L, row_stride, PB: tl.constexpr):  # type: ignore[no-untyped-def]
-    """(row, where in a step of the currents and in a dense one, mask) of a block of a row's places by lanes."""
-    blocks = tl.cdiv(P, PB)
-    row = index // blocks
-    places = (index % blocks) * PB + tl.arange(0, PB)
-    mask = (places < P)[:, None] & (lanes < L)[None, :]
-    here = places[:, None] * L + lanes[None, :]
-    return row, row * row_stride + here, row * P * L + here, mask
-
-
-@jit
 def _forward(  # type: ignore[no-untyped-def]
     x, constants, spikes, counts, each, R, P, L, time_stride, row_stride,
     T: tl.constexpr, ZERO: tl.constexpr, AFFINE: tl.constexpr, RATED: tl.constexpr, WHOLE: tl.constexpr,
     PACKED: tl.constexpr, WIDE: tl.constexpr, PB: tl.constexpr, LB: tl.constexpr,
 ):  # fmt: skip
-    part, lanes, inside, one = _lanes(L, LB)
+    part, lanes, inside, one = lanes_of(L, LB)
     scale = tl.load(constants + lanes, inside)[None, :]
     shift = tl.load(constants + L + lanes, inside)[None, :]
     beta = tl.load(constants + 2 * L + lanes, inside)[None, :]
@@ -99,7 +82,7 @@ def _forward(  # type: ignore[no-untyped-def]
     parts = tl.cdiv(blocks, each)
     row, first = part // parts, (part % parts) * each
     for block in range(first, min(first + each, blocks)):
-        _row, at, dense, mask = _block(row * blocks + block, lanes, P, L, row_stride, PB)
+        _row, at, dense, mask = block_of(row * blocks + block, lanes, P, L, row_stride, PB)
         mem = tl.zeros((PB, LB), WIDE)
         byte, four = none, none
         added = (none,)
@@ -143,7 +126,7 @@ def _backward(  # type: ignore[no-untyped-def]
     KIND: tl.constexpr, WRITE: tl.constexpr, SUMS: tl.constexpr, CONSTANTS_TOO: tl.constexpr, ONCE: tl.constexpr,
     WIDE: tl.constexpr, PB: tl.constexpr, LB: tl.constexpr,
 ):  # fmt: skip
-    part, lanes, inside, one = _lanes(L, LB)
+    part, lanes, inside, one = lanes_of(L, LB)
     scale = tl.load(constants + lanes, inside)[None, :]
     shift = tl.load(constants + L + lanes, inside)[None, :]
     beta = tl.load(constants + 2 * L + lanes, inside)[None, :]
@@ -156,7 +139,7 @@ def _backward(  # type: ignore[no-untyped-def]
     sum_beta = tl.zeros((PB, LB), WIDE)
     sum_threshold = tl.zeros((PB, LB), WIDE)
     for block in range(part * each, min((part + 1) * each, one * R * tl.cdiv(P, PB))):
-        row, at, dense, mask = _block(block, lanes, P, L, row_stride, PB)
+        row, at, dense, mask = block_of(block, lanes, P, L, row_stride, PB)
         # ---- the membranes again, from the currents
         mem = tl.zeros((PB, LB), WIDE)
         held = mem
@@ -219,57 +202,6 @@ def _backward(  # type: ignore[no-untyped-def]
         tl.store(into + 3 * L, tl.sum(sum_threshold, 0), inside)
 
 
-@jit
-def _moments(  # type: ignore[no-untyped-def]
-    x, sums, each, T, R, P, L, time_stride, row_stride, PB: tl.constexpr, LB: tl.constexpr
-):
-    part, lanes, inside, one = _lanes(L, LB)
-    total = tl.zeros((PB, LB), tl.float64)
-    squares = tl.zeros((PB, LB), tl.float64)
-    time = one * time_stride
-    for block in range(part * each, min((part + 1) * each, one * R * tl.cdiv(P, PB))):
-        _, at, _, mask = _block(block, lanes, P, L, row_stride, PB)
-        for t in range(T):
-            value = tl.load(x + t * time + at, mask, 0).to(tl.float64)
-            total += value
-            squares += value * value
-    into = sums + part * 2 * L + lanes
-    tl.store(into, tl.sum(total, 0), inside)
-    tl.store(into + L, tl.sum(squares, 0), inside)
-
-
-@jit
-def _gate(  # type: ignore[no-untyped-def]
-    x, gates, grads, out, sums, R, P, L, BACK: tl.constexpr, BITS: tl.constexpr, WIDE: tl.constexpr,
-    PB: tl.constexpr, LB: tl.constexpr,
-):  # fmt: skip
-    lane_blocks = tl.cdiv(L, LB)
-    row = tl.full((), 1, tl.int64) * (tl.program_id(0) // lane_blocks)  # t R + r: time and rows are dense
-    lanes = (tl.program_id(0) % lane_blocks) * LB + tl.arange(0, LB)
-    inside = lanes < L
-    t, image = row // R, row % R
-    total = tl.zeros((PB, LB), WIDE)
-    for first in range(0, P, PB):
-        places = first + tl.arange(0, PB)
-        mask = (places < P)[:, None] & inside[None, :]
-        here = places[:, None] * L + lanes[None, :]
-        at = row * P * L + here
-        if BITS:
-            eight = tl.load(x + ((t // 8) * R + image) * P * L + here, mask, 0).to(tl.int32)
-            value = ((eight >> (t % 8).to(tl.int32)) & 1).to(WIDE)
-        else:
-            value = tl.load(x + at, mask, 0).to(WIDE)
-        if BACK:
-            grad = tl.load(grads + at, mask, 0).to(WIDE)
-            total += grad * value
-            value = grad
-        if not (BACK and BITS):  # bits' gradient is taken where it is read, by the scan's backward
-            gate = tl.load(gates + row * L + lanes, inside)[None, :]
-            tl.store(out + at, (value * gate).to(out.dtype.element_ty), mask)
-    if BACK:
-        tl.store(sums + row * L + lanes, tl.sum(total, 0), inside)
-
-
 # ---- calling them ----------------------------------------------------------------------------------------------------
 
 
@@ -277,15 +209,15 @@ def forward(
     layout: Layout, x: Tensor, constants: Tensor, zero: bool, affine: bool, spikes: Tensor, counts: Tensor | None
 ) -> None:
     """Write the spikes, in bytes a bit each, and how many fired in each lane of [T, R, L], into the given tensors."""
-    places, lanes = _tile(layout, 1024)
+    places, lanes = tile(layout, 1024)
     blocks, lane_blocks = triton.cdiv(layout.places, places), triton.cdiv(layout.lanes, lanes)
-    each = 1 if counts is None else min(_each(layout.rows * blocks * lane_blocks), blocks, 255)  # counted in bytes
+    each = 1 if counts is None else min(each_of(layout.rows * blocks * lane_blocks), blocks, 255)  # counted in bytes
     parts = triton.cdiv(blocks, each)
     if counts is not None and parts > 1:
         counts.zero_()
     with torch.cuda.device_of(x):
         _forward[(layout.rows * parts * lane_blocks,)](
-            x, constants, spikes, counts, each, *_sizes(layout),
+            x, constants, spikes, counts, each, *sizes(layout),
             T=layout.steps, ZERO=zero, AFFINE=affine, RATED=counts is not None, WHOLE=parts == 1,
             PACKED=spikes.dtype == torch.uint8, WIDE=wide_of(constants), PB=places, LB=lanes, enable_fp_fusion=False,
         )  # fmt: skip
@@ -310,92 +242,15 @@ def backward(
     `grad_spikes` is times `gates` plus `share`, [T, R, L] each. The last two sums are taken where `constants_too`.
     """
     # T membranes for each number of a block, in the registers of 128 threads: more spill (ptxas, sm_90).
-    places, lanes = _tile(layout, 512 if layout.steps <= 8 else 256 if layout.steps <= 16 else 128)
-    parts, each, grid = _parts(layout, places, lanes, sums)
+    places, lanes = tile(layout, 512 if layout.steps <= 8 else 256 if layout.steps <= 16 else 128)
+    parts, each, grid = parts_of(layout, places, lanes, sums)
     found = constants.new_empty(parts, 4, layout.lanes) if sums else None
     kind, a, b, c = surrogate
     with torch.cuda.device_of(x):
         _backward[grid](
-            x, constants, grad_spikes, gates, share, out, found, each, a, b, c, *_sizes(layout),
+            x, constants, grad_spikes, gates, share, out, found, each, a, b, c, *sizes(layout),
             T=layout.steps, ZERO=zero, AFFINE=affine, RATED=share is not None, GATED=gates is not None, KIND=kind,
             WRITE=out is not None, SUMS=sums, CONSTANTS_TOO=sums and constants_too, ONCE=layout.steps > len(x),
             WIDE=wide_of(constants), PB=places, LB=lanes, enable_fp_fusion=False,
         )  # fmt: skip
     return None if found is None else found.sum(0)
-
-
-def moments(layout: Layout, x: Tensor) -> Tensor:
-    """Sums of x and of its square over time and rows, [2, L] in float64."""
-    places, lanes = _tile(layout, 512)
-    parts, each, grid = _parts(layout, places, lanes, True)
-    found = torch.empty(parts, 2, layout.lanes, dtype=torch.float64, device=x.device)
-    with torch.cuda.device_of(x):
-        _moments[grid](x, found, each, layout.steps, *_sizes(layout), PB=places, LB=lanes)
-    return found.sum(0)
-
-
-def gate(layout: Layout, x: Tensor, gates: Tensor, out: Tensor) -> None:
-    """Write x times the gates [T, R, L] into `out`; both dense."""
-    _gate_pass(layout, x, gates, None, out, None, False)
-
-
-def gate_backward(layout: Layout, x: Tensor, gates: Tensor, grad: Tensor, out: Tensor, sums: Tensor) -> None:
-    """Write grad times the gates into `out`, and the sums over places of grad x into `sums` [T, R, L]."""
-    _gate_pass(layout, x, gates, grad, out, sums, False)
-
-
-def gate_bits(layout: Layout, bits: Tensor, gates: Tensor, out: Tensor) -> None:
-    """Write the gates [T, R, L] into `out` where the bits are set, 0 elsewhere."""
-    _gate_pass(layout, bits, gates, None, out, None, True)
-
-
-def gate_bits_backward(layout: Layout, bits: Tensor, grad: Tensor, sums: Tensor) -> None:
-    """Write the sums over places of grad where the bits are set into `sums` [T, R, L]."""
-    _gate_pass(layout, bits, None, grad, None, sums, True)
-
-
-def _gate_pass(
-    layout: Layout,
-    x: Tensor,
-    gates: Tensor | None,
-    grad: Tensor | None,
-    out: Tensor | None,
-    sums: Tensor | None,
-    bits: bool,
-) -> None:
-    places, lanes = _tile(layout, 1024)
-    wide = gates if sums is None else sums
-    assert wide is not None
-    grid = (layout.steps * layout.rows * triton.cdiv(layout.lanes, lanes),)
-    with torch.cuda.device_of(x):
-        _gate[grid](
-            x, gates, grad, out, sums, layout.rows, layout.places, layout.lanes,
-            BACK=grad is not None, BITS=bits, WIDE=wide_of(wide), PB=places, LB=lanes,
-        )  # fmt: skip
-
-
-def _tile(layout: Layout, block: int) -> tuple[int, int]:
-    """How many places and lanes make a block."""
-    lanes = min(triton.next_power_of_2(layout.lanes), block)
-    return min(triton.next_power_of_2(layout.places), block // lanes), lanes
-
-
-def _parts(layout: Layout, places: int, lanes: int, sums: bool) -> tuple[int, int, tuple[int]]:
-    """(programs that share lanes, blocks that each takes at most, all programs)."""
-    blocks, lane_blocks = layout.rows * triton.cdiv(layout.places, places), triton.cdiv(layout.lanes, lanes)
-    each = _each(blocks * lane_blocks) if sums else 1
-    parts = triton.cdiv(blocks, each)
-    return parts, each, (parts * lane_blocks,)
-
-
-def _each(blocks: int) -> int:
-    return triton.cdiv(blocks, PROGRAMS)
-
-
-def _sizes(layout: Layout) -> tuple[int, int, int, int, int]:
-    return layout.rows, layout.places, layout.lanes, layout.time_stride, layout.row_stride
-
-
-def wide_of(constants: Tensor) -> tl.dtype:
-    """Their type, as kernels know it."""
-    return tl.float64 if constants.dtype == torch.float64 else tl.float32

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from spikegen.kernels.lif_triton import jit, wide_of
+from spikegen.kernels.triton_tools import jit, wide_of
 
 BLOCK = 1024
 
