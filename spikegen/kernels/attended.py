@@ -73,7 +73,7 @@ class _Scan(torch.autograd.Function):
         if gate is not None:  # a part from every block of lanes
             of_gate = gate.new_empty(-(-layout.lanes // module(engine).TILE), *gate.shape)
         sums = module(engine).backward(
-            *(layout, y, torch.cat([constants, constants.new_zeros(2, layout.lanes)]), zero, False, surrogate),
+            *(layout, y, constants, zero, False, surrogate),
             *(layout.dense(grad), share, None, out, learnt, learnt, scaling, gate, (of_scaling, of_gate)),
         )
         of_scale, of_shift = (layout.rate_from_lanes(k) for k in of_scaling)

@@ -66,10 +66,12 @@ def run(
     x, layout, constants = arrange(x, norm, beta, threshold, steps, engine)
     spikes, rate = outputs(x, layout, rated, dtype)
     if x.numel():
-        counts = constants.new_empty(steps, layout.rows, layout.lanes) if rated and layout.tile else None
+        counts = None
+        if rated and layout.tile:  # by lanes; those that are channels have their rate's place
+            counts = rate if layout.tile == 1 else constants.new_empty(steps, layout.rows, layout.lanes)
         module(engine).forward(layout, x, constants, zero, norm is not None, spikes, counts)
         if counts is not None:
-            rate.copy_(layout.rate_from_lanes(counts)).div_(_pixels(x))
+            torch.div(layout.rate_from_lanes(counts), _pixels(x), out=rate)
         elif rated:
             rate.copy_(spikes.flatten(3).mean(-1, dtype=rate.dtype) if x.dim() > 3 else spikes)
     elif rated:
@@ -125,27 +127,26 @@ def scan_backward(
     grad_spikes = layout.dense(grad_spikes.to(x.dtype))
     gates = None if gate is None else layout.rate_to_lanes(gate)
     into = (surrogate, *numbers), grad_spikes, share, gates
-    back = lambda k, out, sums: module(engine).backward(  # noqa: E731
-        layout, fitted, k, zero, norm is not None, *into, out, sums, constants_too
+    back = lambda out, sums: module(engine).backward(  # noqa: E731
+        layout, fitted, constants, zero, norm is not None, *into, out, sums, constants_too
     )
-    idle = constants.new_zeros(2, layout.lanes)
     grad_weight, grad_bias = x.new_empty(0), x.new_empty(0)
     if norm is None:
-        sums = back(torch.cat([constants, idle]), out, constants_too)
+        sums = back(out, constants_too)
     else:
         # With batch statistics dL/dY needs the sums over all of dL/dX: a first pass takes them, a second one writes.
-        sums = back(torch.cat([constants, idle]), None if batch else out, True)
-        grad_y, grad = (layout.channel_sums(s) for s in sums[:2])
+        sums = back(None if batch else out, True)
+        grad_y, grad = layout.channel_sums(sums[:2])
         (_, k1, k2), grad_weight, grad_bias = chain(
             norm.weight, norm.mean, norm.var, grad_y, grad, x.numel() // x.shape[2] if batch else None
         )
         if batch:
-            shifts = torch.stack([layout.to_lanes(per_channel(k, x)) for k in (k1, k2)])
-            back(torch.cat([constants, shifts]), out, False)
+            constants[4:] = layout.to_lanes([per_channel(k, x) for k in (k1, k2)])
+            back(out, False)
     if norm is not None:
         grad_weight, grad_bias = grad_weight.to(norm.weight.dtype), grad_bias.to(norm.bias.dtype)
     if not constants_too:
-        return out, grad_weight, grad_bias.clone(), x.new_empty(0), x.new_empty(0)
+        return out, grad_weight, grad_bias, x.new_empty(0), x.new_empty(0)
     # what an operator returns may not share memory
     grad_beta, grad_threshold = (
         layout.from_lanes(k, c).clone() for k, c in zip(sums[2:], (beta, threshold), strict=True)
@@ -223,11 +224,12 @@ def layout_of(x: Tensor, norm: Norm | None, beta: Tensor, threshold: Tensor, ste
 def arrange(
     x: Tensor, norm: Norm | None, beta: Tensor, threshold: Tensor, steps: int, engine: str
 ) -> tuple[Tensor, Layout, Tensor]:
-    """The currents, their layout, and the constants [4, L]."""
+    """The currents, their layout, and the constants [6, L]: `_spread`'s, and zeros for `chain`'s k1 and k2."""
     constants = _spread(x, norm, beta, threshold)
     x, layout = lay_out(x, steps, constants, module(engine).TILE)
     wide = torch.promote_types(x.dtype, torch.float32)
-    return x, layout, torch.stack([layout.to_lanes(c.to(wide)) for c in constants])
+    nil = beta.new_zeros((), dtype=wide)
+    return x, layout, layout.to_lanes([*(c.to(wide) for c in constants), nil, nil])
 
 
 def outputs(x: Tensor, layout: Layout, rated: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -44,35 +44,45 @@ class Layout:
         """`x` [T, B, C, ...], copied if it is not dense in this order of memory."""
         return to_channels_last(x) if self.tile else x.contiguous()
 
-    def to_lanes(self, constant: Tensor) -> Tensor:
-        """A constant that broadcasts over a step, as one number a lane."""
+    def to_lanes(self, constants: list[Tensor]) -> Tensor:
+        """Constants that broadcast over a step, as one number a lane, [n, L]."""
         if self.tile:
-            return constant.reshape(-1).expand(self.lane_shape).repeat(self.tile)
-        inner = constant[0] if constant.dim() > len(self.lane_shape) else constant
-        return inner.expand(self.lane_shape).reshape(-1)
+            return self._repeated(torch.stack([c.reshape(-1).expand(self.lane_shape) for c in constants]))
+        inner = [c[0] if c.dim() > len(self.lane_shape) else c for c in constants]
+        return torch.stack([c.expand(self.lane_shape) for c in inner]).flatten(1)
 
     def from_lanes(self, sums: Tensor, like: Tensor) -> Tensor:
         """A gradient for every lane, added up for the constant `like` that was spread over them."""
         if self.tile:
-            sums = sums.view(self.tile, -1).sum(0)
+            sums = self._added_up(sums)
             return (sums.sum() if like.numel() == 1 else sums).reshape(like.shape)
         inner = like.shape[1:] if like.dim() > len(self.lane_shape) else like.shape
         return sums.view(self.lane_shape).sum_to_size(inner).reshape(like.shape)
 
     def channel_sums(self, sums: Tensor) -> Tensor:
-        """A number for every lane, added up to one a channel."""
+        """Numbers for every lane, [n, L], added up to [n, C]."""
         if self.tile:
-            return sums.view(self.tile, -1).sum(0)
-        channel = len(self.lane_shape) - len(self.step) + 1
-        return sums.view(self.lane_shape).movedim(channel, 0).flatten(1).sum(1) if self.lane_shape[1:] else sums
+            return self._added_up(sums)
+        channel = len(self.lane_shape) - len(self.step) + 2
+        lanes = sums.view(len(sums), *self.lane_shape)
+        return lanes.movedim(channel, 1).flatten(2).sum(2) if self.lane_shape[1:] else sums
 
     def rate_to_lanes(self, rate: Tensor) -> Tensor:
         """[T, B, C] as [T, rows, lanes]; channels last."""
-        return rate.repeat(1, 1, self.tile)
+        return self._repeated(rate)
 
     def rate_from_lanes(self, counts: Tensor) -> Tensor:
         """[T, rows, lanes] of what was counted over places, as [T, B, C] over all pixels; channels last."""
-        return counts.unflatten(-1, (self.tile, -1)).sum(2)
+        return self._added_up(counts)
+
+    def _repeated(self, x: Tensor) -> Tensor:
+        """[..., C] as [..., L], itself where a lane is a channel."""
+        shape = *x.shape[:-1], self.tile, x.shape[-1]
+        return (x if self.tile == 1 else x.unsqueeze(-2).expand(shape).flatten(-2)).contiguous()  # one channel: a view
+
+    def _added_up(self, x: Tensor) -> Tensor:
+        """[..., L] as [..., C], itself where a lane is a channel."""
+        return x if self.tile == 1 else x.unflatten(-1, (self.tile, -1)).sum(-2)
 
 
 def channels_last(x: Tensor, constants: list[Tensor]) -> bool:

@@ -28,7 +28,7 @@ class Norm(NamedTuple):
         """(scale, shift): X = scale Y + shift, in float32 or wider."""
         weight, bias, mean, var = (_widened(c) for c in self[:4])
         scale = weight / torch.sqrt(var + EPSILON)
-        return scale, bias - mean * scale
+        return scale, torch.addcmul(bias, mean, scale, value=-1)
 
     def apply(self, y: Float[Tensor, "T B C *n"]) -> Float[Tensor, "T B C *n"]:
         """X in float32 or wider, with its gradient."""
@@ -41,10 +41,10 @@ def moments(y: Float[Tensor, "T B C *n"]) -> tuple[Float[Tensor, " C"], Float[Te
     y = y.detach()
     sums = _sums(y)
     count = y.numel() // max(y.shape[2], 1)
-    mean = sums[0] / count
-    var = (sums[1] / count - mean.square()).clamp(min=0)
-    wide = torch.promote_types(y.dtype, torch.float32)
-    return mean.to(wide), var.to(wide)
+    mean, var = (sums / count).unbind()
+    found = torch.stack([mean, torch.addcmul(var, mean, mean, value=-1).clamp_(min=0)])
+    mean, var = found.to(torch.promote_types(y.dtype, torch.float32)).unbind()
+    return mean, var
 
 
 def _widened(constant: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ def _sums(y: Tensor) -> Tensor:
         return torch.stack([wide.sum(1), wide.square().sum(1)])
     one = y.new_empty(y.shape[2], *(1,) * (y.dim() - 3))
     y, layout = lay_out(y, y.shape[0], [one], module(engine).TILE)
-    return torch.stack([layout.channel_sums(s) for s in module(engine).moments(layout, y)])
+    return layout.channel_sums(module(engine).moments(layout, y))
 
 
 @_sums.register_fake
@@ -112,10 +112,11 @@ def chain(
     """
     weight, mean, var = _widened(weight), _widened(mean), _widened(var)
     deviation = torch.sqrt(var + EPSILON)
-    grad_weight = (grad_y - mean * grad) / deviation
+    grad_weight = torch.addcmul(grad_y, mean, grad, value=-1) / deviation
     scale = weight / deviation
     if count is None:
         zero = torch.zeros_like(scale)
         return (scale, zero, zero), grad_weight, grad
-    k2 = -scale * grad_weight / (deviation * count)
-    return (scale, -scale * grad / count - k2 * mean, k2), grad_weight, grad
+    share = scale / -count
+    k2 = share * grad_weight / deviation
+    return (scale, torch.addcmul(share * grad, k2, mean, value=-1), k2), grad_weight, grad
