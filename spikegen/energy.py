@@ -222,8 +222,10 @@ def _wrap_neuron(module: LIF, cost: LayerCost, profile: Profile) -> None:
         count(spikes, spikes[0, 0].numel())
         return spikes
 
-    def counted_step(current: Tensor, mem: Tensor | None) -> tuple[Tensor, Tensor]:
-        spikes, mem = step(current, mem)
+    def counted_step(
+        current: Tensor, mem: Tensor | None, affine: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        spikes, mem = step(current, mem, affine)
         count(spikes, spikes[0].numel())
         return spikes, mem
 

@@ -224,7 +224,7 @@ def test_steps_are_the_scan(reset, dtype, threshold):
     assert spikes[0].dtype == dtype
 
 
-@pytest.mark.parametrize("engine", ["torch", "triton"])
+@pytest.mark.parametrize("engine", ["torch", "numba", "triton"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("seed", range(6))
 def test_normed_steps_are_the_normed_scan(engine, dtype, seed):
@@ -232,7 +232,7 @@ def test_normed_steps_are_the_normed_scan(engine, dtype, seed):
     rng = np.random.default_rng(seed)
     shape = [(), (5,), (9, 2)][seed % 3]
     channels, reset = int(rng.integers(1, 900)), RESETS[seed % 2]
-    y = currents(5, 3, channels, *shape, dtype=dtype, seed=seed)
+    y = currents(5, 3, channels, *shape, dtype=dtype, seed=seed).to(home(engine))
     if seed in (1, 5):
         y = y.movedim(2, -1).contiguous().movedim(-1, 2)
     if seed == 2:

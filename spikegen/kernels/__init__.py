@@ -1,15 +1,13 @@
 """The leaky integrate-and-fire scan and its engines, one file each; every engine equals `reference`."""
 
-import importlib
 from collections.abc import Callable
-from types import ModuleType
 from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from spikegen.kernels import analytic, attended, attending, fused, gated_scan, modulated, reference
+from spikegen.kernels import analytic, attended, attending, fused, gated_scan, modulated, reference, stepped
 from spikegen.kernels.attending import Attended
 from spikegen.kernels.engines import ENGINES, Engine, choose
 from spikegen.kernels.gating import gated
@@ -133,20 +131,16 @@ def lif_step(
     With `change` it is one of `modulated_scan`; with `affine` the currents are scale x + shift, channels dimension 1.
     """
     with torch.no_grad():
-        if change is None and x.dim() > 1 and choose(engine, x.device, x.dtype) == "triton" and x.is_floating_point():
+        chosen = choose(engine, x.device, x.dtype)
+        if change is None and chosen not in PLAIN:
             wide = torch.promote_types(x.dtype, torch.float32)
             constants = beta.to(x.device, wide), threshold.to(x.device, wide)
-            if not torch.compiler.is_compiling() and _steps().fits(x, mem, *constants):
-                found: tuple[Tensor, Tensor] = _steps().step(x, mem, affine, *constants, reset == "zero")
-                return found
+            if stepped.fits(x, mem, affine, *constants):
+                return stepped.step(x, mem, affine, *constants, reset == "zero", chosen)
         beta, threshold = _wide(x, beta, threshold)
         mem = analytic.step(x if affine is None else scaled(x, affine), mem, beta, threshold, reset)
         mem = mem if change is None else change(mem)
         return (mem > threshold).to(x.dtype), mem
-
-
-def _steps() -> ModuleType:
-    return importlib.import_module("spikegen.kernels.step_triton")  # not above: triton may be absent
 
 
 def _wide(x: Tensor, beta: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,4 @@
-"""One time step in one kernel on a CUDA device: norm, integration and firing, the membrane carried by the caller.
-
-Networks stepped through time launch a kernel for every stage and step in place of a dozen.
-"""
+"""One time step in one kernel on a CUDA device: norm, integration and firing, the membrane carried by the caller."""
 
 import torch
 import triton
@@ -39,13 +36,6 @@ def _step(  # type: ignore[no-untyped-def]
     tl.store(after + at, now, mask)
 
 
-def fits(y: Tensor, mem: Tensor | None, beta: Tensor, threshold: Tensor) -> bool:
-    """Whether `step` takes these: dense numbers, a membrane in the same order, constants of every channel or one."""
-    known = all(k.numel() == 1 or (k.numel() == y.shape[1] and k.shape[0] == k.numel()) for k in (beta, threshold))
-    alike = mem is None or (mem.stride() == y.stride() and mem.dtype == beta.dtype)
-    return known and alike and y.numel() > 0 and (y.is_contiguous() or y.movedim(1, -1).is_contiguous())
-
-
 def step(
     y: Tensor,
     mem: Tensor | None,
@@ -53,10 +43,11 @@ def step(
     beta: Tensor,
     threshold: Tensor,
     zero: bool,
-) -> tuple[Tensor, Tensor]:
-    """(spikes in the dtype of `y` [B, C, ...], membrane before the reset); `affine`: a scale and a shift a channel."""
-    spikes, after = torch.empty_like(y), torch.empty_like(y, dtype=beta.dtype)
-    inner = y[0, 0].numel() if y.is_contiguous() else 1
+    spikes: Tensor,
+    after: Tensor,
+    inner: int,
+) -> None:
+    """Write spikes and membrane of the step after `mem`; a channel's places are `inner` neighbours in memory."""
     scale, shift = affine or (None, None)
     with torch.cuda.device_of(y):
         _step[(triton.cdiv(y.numel(), BLOCK),)](
@@ -64,4 +55,3 @@ def step(
             FIRST=mem is None, ZERO=zero, AFFINE=affine is not None, LEAKS=beta.numel() > 1,
             HEIGHTS=threshold.numel() > 1, WIDE=wide_of(beta), BLOCK=BLOCK, enable_fp_fusion=False,
         )  # fmt: skip
-    return spikes, after
