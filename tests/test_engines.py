@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from spikegen.kernels import Norm, engines, lif_scan, moments, normed_scan
+from spikegen.kernels import Norm, engines, fused, lif_scan, moments, normed_scan
 from spikegen.kernels.engines import ENGINES, choose
 from spikegen.kernels.gating import gated
+from spikegen.kernels.layout import lay_out
 from spikegen.kernels.surrogates import ATan, FastSigmoid, Rectangle, Sigmoid, StraightThrough, Triangle
 from tests.inputs import mistake
 from tests.test_vae import build, images, loss_of
@@ -119,6 +120,61 @@ def test_gated_scans_equal_reference_on_random_shapes_layouts_and_dtypes(engine,
     assert ours[0].dtype == dtype
     assert ours[0].shape == (rest[2], *leaves[0].shape[1:])
     assert_same(ours, theirs, ROUNDING[dtype])
+
+
+@pytest.mark.parametrize("steps", [1, 9])
+@pytest.mark.parametrize("programs", [1, 3, 2048])
+def test_tritons_programs_share_out_what_is_to_be_added_up(steps, programs, monkeypatch):
+    """Images of several blocks of places; a program has a part of an image, all of it, or, of sums, several."""
+    monkeypatch.setattr("spikegen.kernels.triton_tools.PROGRAMS", programs)
+    torch.manual_seed(0)
+    y = torch.randn(steps, 2, 30, 14, 5, device=DEVICE).movedim(2, -1).contiguous().movedim(-1, 2).requires_grad_()
+    constants = [torch.rand(s, device=DEVICE).add_(0.1).requires_grad_() for s in (30, 30, (), ())]
+    rest = "zero", ATan(), steps
+    ours, theirs = (run(e, [y, *constants], (*moments(y), True), rest) for e in ("triton", "torch"))
+    assert_same(ours, theirs, ROUNDING[torch.float32])
+    _, layout = lay_out(y.detach(), steps, [], 1)
+    sums = y.detach().double().movedim(2, 0).flatten(1)
+    wanted = torch.stack([sums.sum(1), sums.square().sum(1)])
+    torch.testing.assert_close(engines.module("triton").moments(layout, y.detach()), wanted)
+
+
+def test_tritons_rates_are_exact_where_there_are_more_blocks_than_a_byte_counts(monkeypatch):
+    monkeypatch.setattr("spikegen.kernels.triton_tools.PROGRAMS", 1)
+    y = torch.ones(1, 1, 512, 2 * 258, 1, device=DEVICE).movedim(2, -1).contiguous().movedim(-1, 2)
+    constants = torch.tensor(0.5, device=DEVICE), torch.tensor(0.3, device=DEVICE)
+    spikes, rate = normed_scan(y, None, *constants, "zero", ATan(), 1, "triton")
+    assert spikes.min() == rate.min() == rate.max() == 1
+
+
+def test_tritons_gate_is_the_product_and_its_gradient():
+    """On a CPU `gated` takes numba's."""
+    torch.manual_seed(0)
+    x, grad = (torch.randn(3, 2, 40, 6, 7, device=DEVICE).movedim(2, -1).contiguous().movedim(-1, 2) for _ in "xg")
+    gates = torch.rand(3, 2, 40, device=DEVICE)
+    _, layout = lay_out(x, 3, [], 1)
+    out, back, sums = layout.empty(x, 3), layout.empty(x, 3), torch.empty_like(gates)
+    code, all_places = engines.module("triton"), gates[..., None, None]
+    code.gate(layout, x, gates, out)
+    code.gate_backward(layout, x, gates, grad, back, sums)
+    torch.testing.assert_close(out, x * all_places, rtol=0, atol=0)
+    torch.testing.assert_close(back, grad * all_places, rtol=0, atol=0)
+    torch.testing.assert_close(sums, (grad * x).sum((3, 4)))
+
+
+@pytest.mark.parametrize("engine", FUSED)
+@pytest.mark.parametrize("learnt", [True, False])
+@pytest.mark.parametrize("last", [True, False])
+def test_what_the_backward_returns_begins_where_its_memory_does(engine, learnt, last):
+    """torch.compile's kernels take its addresses to be whole vectors', as those of new tensors are."""
+    y = torch.randn(2, 3, 3, 5, 2, device=DEVICE)
+    y = y.movedim(2, -1).contiguous().movedim(-1, 2) if last else y
+    each = [torch.rand(3, device=DEVICE) for _ in range(4)]
+    constants = [torch.tensor(k, device=DEVICE) for k in (0.5, 0.3)]
+    grads = fused.scan_backward(
+        torch.ones_like(y), None, None, y, *each, True, *constants, 2, True, 0, [1.0, 1.0, 0.0], engine, learnt
+    )
+    assert {g.storage_offset() for g in grads} == {0}
 
 
 @pytest.mark.parametrize("engine", FUSED)
@@ -488,7 +544,7 @@ def build(kernel, floats, bytes=(), **constants):
     source = ASTSource(fn=kernel, signature={n: kind(n) for n in kernel.arg_names}, constexprs=constants)
     return compile(source, target=GPUTarget("cuda", 90, 32), options={"enable_fp_fusion": False}).asm["ptx"]
 
-ONES = {"R": 1, "L": 1, "each": 1}, {"P": 1, "row_stride": 1, "time_stride": 1}
+ONES = {"R": 1, "L": 1, "each": 1}, {"P": 1, "row_stride": 1, "time_stride": 1}, {"P": 1, "each": 1}
 for floats, cases in (("bf16", ({}, *ONES)), ("fp32", ({},))):
     # A size of 1 reaches a kernel as a constant, not as a tensor: a batch of one, one pixel, one channel.
     for sizes in cases:

@@ -8,7 +8,7 @@ import snntorch
 import torch
 from snntorch import surrogate as snn_surrogate
 
-from spikegen.kernels import ENGINES, Norm, lif_scan, lif_step, normed_scan
+from spikegen.kernels import ENGINES, Norm, lif_scan, lif_step, normed_scan, stepped
 from spikegen.kernels.surrogates import ATan, FastSigmoid, Rectangle, Sigmoid, StraightThrough, Triangle
 from tests.inputs import home
 
@@ -226,23 +226,25 @@ def test_steps_are_the_scan(reset, dtype, threshold):
 
 @pytest.mark.parametrize("engine", ["torch", "numba", "triton"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("seed", range(6))
-def test_normed_steps_are_the_normed_scan(engine, dtype, seed):
+@pytest.mark.parametrize("seed", range(12))
+def test_normed_steps_are_the_normed_scan(engine, dtype, seed, monkeypatch):
     """In any order of memory; with constants a channel or one; the first step under a threshold below 0 too."""
     rng = np.random.default_rng(seed)
     shape = [(), (5,), (9, 2)][seed % 3]
-    channels, reset = int(rng.integers(1, 900)), RESETS[seed % 2]
+    channels, reset = int(rng.integers(1, 900)), RESETS[seed // 3 % 2]
     y = currents(5, 3, channels, *shape, dtype=dtype, seed=seed).to(home(engine))
-    if seed in (1, 5):
+    if seed > 7:
         y = y.movedim(2, -1).contiguous().movedim(-1, 2)
     if seed == 2:
         y = y.repeat_interleave(2, 2)[:, :, ::2]
     wide = torch.promote_types(dtype, torch.float32)
+    fused, step = [], stepped.step
+    monkeypatch.setattr(stepped, "step", lambda *args: fused.append(1) or step(*args))
     each = (channels, *(1,) * len(shape))
     number = lambda low, high, shape: torch.rand(shape, dtype=wide).to(y.device) * (high - low) + low  # noqa: E731
     beta, threshold = number(-0.2, 1.2, each if seed > 2 else ()), number(-0.2, 0.5, each if seed % 3 else ())
     norm = Norm(*(number(-1, 1, channels) for _ in range(3)), number(0.5, 2, channels), False)
-    affine = None if seed == 4 else norm.affine()
+    affine = None if seed == 4 else tuple(k.contiguous() for k in norm.affine())
     mem, spikes = None, []
     for current in y:
         spike, mem = lif_step(current, mem, beta, threshold, reset, affine=affine, engine=engine)
@@ -252,6 +254,30 @@ def test_normed_steps_are_the_normed_scan(engine, dtype, seed):
     assert 0 < wanted.float().mean() < 1
     assert torch.equal(torch.stack(spikes), wanted)
     assert wanted.dtype == dtype
+    assert len(fused) == (0 if engine == "torch" or seed == 2 else len(y))
+
+
+@pytest.mark.parametrize("engine", ["numba", "triton"])
+def test_a_step_broadcasts_whatever_the_engine(engine):
+    """What the fused steps do not take: constants of an image or a place, a membrane of another size or dtype."""
+    shape = (5, 5, 3, 5)
+    y, mem, five = (currents(*s, seed=k).to(home(engine)) for k, s in enumerate([shape, shape, (5,)]))
+    threshold = torch.tensor(0.3, device=y.device)
+    for beta in (five, five.view(5, 1, 1, 1), five.view(1, 5, 1, 1)):
+        found, wanted = (lif_step(y, mem, beta, threshold, "zero", engine=e) for e in (engine, "torch"))
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+    beta = threshold
+    for carried, affine in ((mem.bfloat16(), None), (mem, (five.double(), five))):
+        both = (lif_step(y, carried, beta, threshold, "zero", affine=affine, engine=e) for e in (engine, "torch"))
+        torch.testing.assert_close(next(both), next(both), rtol=0, atol=0)
+    assert stepped.fits(y, mem, (five, five), beta, threshold)
+    assert not stepped.fits(y[:1], mem, None, beta, threshold)
+    for few in (mem[:1], mem[:3], mem[:, :, ::2]):
+        assert not stepped.fits(y, few, None, beta, threshold)
+    for scale in (five[:1], five[:3], five.repeat(2)[::2], five.double()):
+        assert not stepped.fits(y, mem, (scale, five), beta, threshold)
+    nan = torch.tensor(math.nan, device=y.device)
+    assert lif_step(y, mem, nan, threshold, "zero", engine=engine)[1].isnan().all()  # a diverged beta shows
 
 
 def test_a_step_leaves_the_carried_membrane_as_it_was():

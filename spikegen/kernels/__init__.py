@@ -129,6 +129,7 @@ def lif_step(
     """One step of `lif_scan` with the state carried by the caller: (spikes, membrane before the reset). No gradient.
 
     With `change` it is one of `modulated_scan`; with `affine` the currents are scale x + shift, channels dimension 1.
+    UserError if `engine` cannot run there.
     """
     with torch.no_grad():
         chosen = choose(engine, x.device, x.dtype)

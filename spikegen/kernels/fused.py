@@ -67,7 +67,7 @@ def run(
     spikes, rate = outputs(x, layout, rated, dtype)
     if x.numel():
         counts = None
-        if rated and layout.tile:  # by lanes; those that are channels have their rate's place
+        if rated and layout.tile:  # where a lane is a channel, into `rate` itself
             counts = rate if layout.tile == 1 else constants.new_empty(steps, layout.rows, layout.lanes)
         module(engine).forward(layout, x, constants, zero, norm is not None, spikes, counts)
         if counts is not None:
@@ -146,8 +146,8 @@ def scan_backward(
     if norm is not None:
         grad_weight, grad_bias = grad_weight.to(norm.weight.dtype), grad_bias.to(norm.bias.dtype)
     if not constants_too:
-        return out, grad_weight, grad_bias, x.new_empty(0), x.new_empty(0)
-    # what an operator returns may not share memory
+        return out, grad_weight, grad_bias.clone(), x.new_empty(0), x.new_empty(0)
+    # What an operator returns may not share memory, and begins where its storage does: torch.compile relies on that.
     grad_beta, grad_threshold = (
         layout.from_lanes(k, c).clone() for k, c in zip(sums[2:], (beta, threshold), strict=True)
     )

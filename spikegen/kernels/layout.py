@@ -78,7 +78,8 @@ class Layout:
     def _repeated(self, x: Tensor) -> Tensor:
         """[..., C] as [..., L], itself where a lane is a channel."""
         shape = *x.shape[:-1], self.tile, x.shape[-1]
-        return (x if self.tile == 1 else x.unsqueeze(-2).expand(shape).flatten(-2)).contiguous()  # one channel: a view
+        # Of a single channel flattening makes a view, of stride 0.
+        return (x if self.tile == 1 else x.unsqueeze(-2).expand(shape).flatten(-2)).contiguous()
 
     def _added_up(self, x: Tensor) -> Tensor:
         """[..., L] as [..., C], itself where a lane is a channel."""

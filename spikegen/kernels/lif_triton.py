@@ -74,7 +74,7 @@ def _forward(  # type: ignore[no-untyped-def]
     threshold = tl.load(constants + 3 * L + lanes, inside)[None, :]
     step, time = one * R * P * L, one * time_stride
     none = tl.zeros((PB, LB), tl.int32)
-    tallies = (none,)  # of nothing, then a byte for each of four steps
+    tallies = (none,)  # of nothing, as a tuple that grows cannot begin empty; then a byte for each of four steps
     for _four in tl.static_range(0, T, 4):
         tallies = tallies + (none,)  # type: ignore[assignment]  # noqa: RUF005
     # `each` blocks, of one row: its parts are as many as that takes

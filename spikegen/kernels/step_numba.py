@@ -37,9 +37,11 @@ def _step(dtype: torch.dtype, zero: bool, affine: bool, first: bool) -> Any:
         _spread(local, 2 * C, carray(pointer(a[8], wide), a[12]))
         _spread(local, 3 * C, carray(pointer(a[9], wide), a[13]))
         for c in range(2 * C, 3 * C):
-            local[c] = min(max(local[c], nil), unit)
-        each = C if inner == 1 else 1  # channels that a loop goes over, or places of one
-        n = C * inner if inner == 1 else inner
+            leak = local[c]  # NaN stays, as torch's clamp has it
+            local[c] = nil if leak < nil else unit if leak > unit else leak
+        # A row is the channels of a place, with a constant for each, or the places of a channel, with one for all: two
+        # loops, as a vector is loaded in one and filled with a number in the other.
+        each, n = (C, C) if inner == 1 else (1, inner)
         for row in range(begin * chunk, min(rows, end * chunk)):
             k = 0 if inner == 1 else row % C
             scale, shift = local[k : k + each], local[C + k : C + k + each]
@@ -62,7 +64,7 @@ def _step(dtype: torch.dtype, zero: bool, affine: bool, first: bool) -> Any:
                     spikes[i] = one if now > threshold[i] else off
                     after[i] = now
             else:
-                gain, offset, leak, height = scale[0], shift[0], beta[0], threshold[0]
+                gain, offset, keep, height = scale[0], shift[0], beta[0], threshold[0]
                 for i in range(n):
                     current = load(y[i])
                     if affine:
@@ -70,7 +72,7 @@ def _step(dtype: torch.dtype, zero: bool, affine: bool, first: bool) -> Any:
                     before = nil if first else mem[i]
                     fired = before > height
                     held = (nil if fired else before) if zero else before
-                    now = held * leak + current
+                    now = held * keep + current
                     if not zero:
                         now = now - (height if fired else nil)
                     spikes[i] = one if now > height else off

@@ -29,7 +29,8 @@ def _step(  # type: ignore[no-untyped-def]
     before = tl.zeros((BLOCK,), WIDE) if FIRST else tl.load(mem + at, mask, 0)
     fired = before > height
     held = tl.where(fired, 0, before) if ZERO else before
-    now = held * tl.minimum(tl.maximum(leak, 0), 1) + current
+    leak = tl.where(leak < 0, 0, tl.where(leak > 1, 1, leak))  # NaN stays, as torch's clamp has it
+    now = held * leak + current
     if not ZERO:
         now = now - tl.where(fired, height, 0)
     tl.store(spikes + at, tl.where(now > height, 1.0, 0.0).to(spikes.dtype.element_ty), mask)

@@ -8,23 +8,30 @@ import importlib
 import torch
 from torch import Tensor
 
-Affine = tuple[Tensor, Tensor]
 
+def fits(y: Tensor, mem: Tensor | None, affine: tuple[Tensor, Tensor] | None, beta: Tensor, threshold: Tensor) -> bool:
+    """Whether `step` takes these: dense numbers, a membrane in the same order, constants of every channel or one.
 
-def fits(y: Tensor, mem: Tensor | None, affine: Affine | None, beta: Tensor, threshold: Tensor) -> bool:
-    """Whether `step` takes these: dense numbers, a membrane in the same order, constants of every channel or one."""
-    if torch.compiler.is_compiling() or y.dim() < 2 or y.numel() == 0:
+    The engines read addresses: what is not surely as they expect goes another way, and so does what is traced.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(y) is not Tensor or y.dim() < 2 or not y.numel():
         return False
-    known = all(k.numel() == 1 or (k.numel() == y.shape[1] and k.shape[0] == k.numel()) for k in (beta, threshold))
-    alike = mem is None or (mem.stride() == y.stride() and mem.dtype == beta.dtype)
-    wide = affine is None or all(k.dtype == beta.dtype and k.is_contiguous() for k in affine)
-    return known and alike and wide and (y.is_contiguous() or y.movedim(1, -1).is_contiguous())
+    channels = y.shape[1]
+    each = lambda k: k.dim() == y.dim() - 1 and k.shape[0] == k.numel() == channels  # noqa: E731
+    known = all(k.numel() == 1 or each(k) for k in (beta, threshold))
+    scaled = affine is None or all(k.shape == (channels,) and _alike(k, beta) and k.is_contiguous() for k in affine)
+    carried = mem is None or (mem.shape == y.shape and mem.stride() == y.stride() and _alike(mem, beta))
+    return known and scaled and carried and (y.is_contiguous() or y.movedim(1, -1).is_contiguous())
+
+
+def _alike(x: Tensor, like: Tensor) -> bool:
+    return x.dtype == like.dtype and x.device == like.device
 
 
 def step(
     y: Tensor,
     mem: Tensor | None,
-    affine: Affine | None,
+    affine: tuple[Tensor, Tensor] | None,
     beta: Tensor,
     threshold: Tensor,
     zero: bool,
