@@ -19,6 +19,15 @@ def _spread(into: Any, start: int, given: Any) -> None:
         into[start + c] = given[min(c, last)]
 
 
+@inlined
+def _membrane(current: Any, before: Any, beta: Any, threshold: Any, nil: Any, zero: bool) -> Any:
+    """U[t] of X[t] and U[t-1], before it fires."""
+    fired = before > threshold
+    if zero:
+        return (nil if fired else before) * beta + current
+    return before * beta + current - (threshold if fired else nil)
+
+
 @functools.cache
 def _step(dtype: torch.dtype, zero: bool, affine: bool, first: bool) -> Any:
     item, one, size = ITEM[dtype], ONE[dtype], dtype.itemsize
@@ -55,12 +64,7 @@ def _step(dtype: torch.dtype, zero: bool, affine: bool, first: bool) -> Any:
                     current = load(y[i])
                     if affine:
                         current = current * scale[i] + shift[i]
-                    before = nil if first else mem[i]
-                    fired = before > threshold[i]
-                    held = (nil if fired else before) if zero else before
-                    now = held * beta[i] + current
-                    if not zero:
-                        now = now - (threshold[i] if fired else nil)
+                    now = _membrane(current, nil if first else mem[i], beta[i], threshold[i], nil, zero)
                     spikes[i] = one if now > threshold[i] else off
                     after[i] = now
             else:
@@ -69,12 +73,7 @@ def _step(dtype: torch.dtype, zero: bool, affine: bool, first: bool) -> Any:
                     current = load(y[i])
                     if affine:
                         current = current * gain + offset
-                    before = nil if first else mem[i]
-                    fired = before > height
-                    held = (nil if fired else before) if zero else before
-                    now = held * keep + current
-                    if not zero:
-                        now = now - (height if fired else nil)
+                    now = _membrane(current, nil if first else mem[i], keep, height, nil, zero)
                     spikes[i] = one if now > height else off
                     after[i] = now
 
