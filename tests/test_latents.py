@@ -236,6 +236,18 @@ def test_the_priors_own_bits_are_its_thresholded_rates():
     assert torch.equal(fed[1:], (rate[:-1] > 0.5).double())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_where_half_of_the_candidates_fire_scheduled_sampling_tosses_a_coin(dtype, monkeypatch):
+    """In bfloat16 too, whose next number above a half is further away than the noise."""
+    latent = build(candidates=6, scheduled_from=0, scheduled=(1.0, 1.0)).train()
+    half = torch.arange(latent.spec.candidates).to(dtype) % 2
+    monkeypatch.setattr(bernoulli, "Stepper", lambda _: lambda z: z.new_ones(*z.shape, 1) * half)
+    monkeypatch.setattr(latent, "_candidates", lambda out: out)
+    fed = latent._prior_inputs(torch.zeros(STEPS, 4000, SIZE, dtype=dtype), None, 1.0)[1:]
+    assert half.mean() == 0.5
+    assert abs(fed.double().mean() - 0.5) < 0.02
+
+
 @pytest.mark.parametrize(("training", "chance"), [(False, 1.0), (True, 0.0)])
 def test_no_scheduled_sampling_in_evaluation_nor_without_a_chance(training, chance):
     latent = build(scheduled_from=0, scheduled=(chance, chance)).train(training)
