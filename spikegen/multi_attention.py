@@ -11,7 +11,7 @@ from jaxtyping import Float
 from pydantic import AfterValidator, Field, StrictBool, model_validator
 from torch import Tensor, nn
 
-from spikegen.kernels import attending
+from spikegen.kernels import attending, multi_gates
 from spikegen.spec import Spec, UserError
 from spikegen.threshold_norm import ThresholdNorm
 
@@ -163,37 +163,27 @@ class MultiAttention(nn.Module):
             )
 
     def _in_few_passes(self, x: Tensor) -> bool:
-        return attending.fits(x) and (self.space is None or x.dim() == 5)
+        parts = self.time, self.channel, self.space
+        seen = any(part is not None and watched(part) for part in parts)
+        return not seen and attending.fits(x) and (self.space is None or x.dim() == 5)
 
     def _scaled(
         self, y: Tensor, steps: int, norm: ThresholdNorm | None, offset: Tensor | None, gates: str
     ) -> attending.Attended:
-        """In few passes: the norm and the gates t and c are a scale and a shift, which the squeezed follow."""
+        """In few passes, the gates that are named."""
         channels, wide = y.shape[2], torch.promote_types(y.dtype, torch.float32)
-        one = torch.ones(channels, dtype=wide, device=y.device)
-        sign = one if norm is None else one.copysign(norm.weight.detach().to(wide))
-        squeezed = attending.squeeze(y, sign, steps)
-        shape = steps, y.shape[1], channels
-        both = torch.stack([squeezed.mean.to(wide), squeezed.most])
-        scale, shift = (one, 0 * one) if norm is None else norm.of_squeezed(squeezed, offset).affine()
-        scale, shift = scale.to(wide).expand(shape), shift.to(wide).expand(shape)
-        over = lambda x, how: x if self.spec.per_step else how(x, 0, keepdim=True)  # noqa: E731
-        if self.time is not None and "t" in gates:
-            mean, most = scale * both + shift
-            gate = self.time(torch.stack([mean.mean(2).T, most.amax(2).T])).T.unsqueeze(2)
-            scale, shift = scale * gate, shift * gate
-        if self.channel is not None and "c" in gates:
-            both = scale * both + shift
-            if not self.spec.per_step:
-                both = torch.stack([over(both[0], torch.mean), over(both[1], torch.amax)])
-            gate = self.channel(both)
-            scale, shift = scale * gate, shift * gate
-        scale, shift = scale.to(wide), shift.to(wide)  # where the gates' weights are wider
-        places = None
-        if self.space is not None and "s" in gates:
-            means, mosts = attending.squeeze_channels(squeezed, scale, shift)
-            places = self.space(over(means, torch.mean), over(mosts, torch.amax)).expand(means.shape)
-        return attending.Attended(squeezed.y, scale, shift, places)
+        sign = torch.ones(channels, dtype=wide, device=y.device)
+        if norm is not None:
+            sign = sign.copysign(norm.weight.detach().to(wide))
+        squeezed = attending.squeeze(y, sign)
+        scaled = None if norm is None else norm.of_squeezed(squeezed, y[0, 0, 0].numel(), offset)
+        weights = multi_gates.Gates(
+            self.time.weights if self.time is not None and "t" in gates else None,
+            self.channel.weights if self.channel is not None and "c" in gates else None,
+            self.space.conv.weight if self.space is not None and "s" in gates else None,
+            self.spec.per_step,
+        )
+        return multi_gates.gate(y, squeezed, steps, scaled, weights)
 
     def extra_repr(self) -> str:
         """The spec, for print(model)."""
@@ -207,6 +197,11 @@ class SqueezeGate(nn.Module):
         super().__init__()
         hidden = max(1, size // reduction)
         self.w0, self.w1 = nn.Linear(size, hidden, bias=False), nn.Linear(hidden, size, bias=False)
+
+    @property
+    def weights(self) -> tuple[Float[Tensor, "h n"], Float[Tensor, "n h"]]:
+        """W0 and W1."""
+        return self.w0.weight, self.w1.weight
 
     def forward(self, both: Float[Tensor, "2 *b n"]) -> Float[Tensor, "*b n"]:
         """Gates in (0, 1) of the means and the largest, stacked."""
@@ -225,7 +220,16 @@ class SpaceGate(nn.Module):
     def forward(self, mean: Float[Tensor, "T B 1 H W"], most: Float[Tensor, "T B 1 H W"]) -> Float[Tensor, "T B 1 H W"]:
         """Gates in (0, 1)."""
         mean, most = (x.to(self.conv.weight.dtype) for x in (mean, most))
-        return attending.convolve(mean, most, self.conv.weight).sigmoid()
+        # channels last: the other way round the CPU takes five times as long for the gradient
+        images = torch.cat([mean, most], 2).flatten(0, 1).contiguous(memory_format=torch.channels_last)
+        return self.conv(images).sigmoid().unflatten(0, mean.shape[:2])
+
+
+def watched(module: nn.Module) -> bool:
+    """Whether someone else's code is to see, or do, what the module does."""
+    hooked = module._forward_hooks or module._forward_pre_hooks
+    hooked = hooked or module._backward_hooks or module._backward_pre_hooks
+    return bool(hooked) or "forward" in vars(module)
 
 
 def _wide(gate: Tensor, x: Tensor) -> Tensor:

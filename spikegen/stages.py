@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from spikegen.attention import TCJA, Attention
 from spikegen.kernels import Engine
-from spikegen.multi_attention import MultiAttention
+from spikegen.multi_attention import MultiAttention, watched
 from spikegen.neurons import LIF, Neuron, NeuronSpec
 from spikegen.spec import Spec
 from spikegen.threshold_norm import ThresholdNorm
@@ -131,9 +131,7 @@ class Stage(nn.Module):
 
     def _watched(self, attention: nn.Module) -> bool:
         """Whether someone else's code is to see, or do, what the attention and the neuron do."""
-        hooked = attention._forward_hooks or attention._forward_pre_hooks
-        hooked = hooked or attention._backward_hooks or attention._backward_pre_hooks
-        return bool(hooked) or "forward" in vars(attention) or "fire" in vars(self.neuron)
+        return watched(attention) or "fire" in vars(self.neuron)
 
     def _fire_attended(
         self, current: Tensor, norm: ThresholdNorm | None, attention: MultiAttention

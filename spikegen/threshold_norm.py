@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from spikegen.kernels import Norm, moments
 from spikegen.kernels.attending import Squeezed
-from spikegen.kernels.norms import EPSILON
+from spikegen.kernels.norms import EPSILON, variance
 
 MOMENTUM = 0.1
 """How fast the running statistics move."""
@@ -38,20 +38,19 @@ class ThresholdNorm(nn.Module):
         """The norm that `forward` applies to x + offset, for a scan to apply to x; in training the statistics move."""
         if not self.training:
             return self.running(offset)
-        return self._batch(x, *moments(x), offset, batch=True)
+        return self._batch(x.numel() // x.shape[2], *moments(x), offset)
 
-    def of_squeezed(self, x: Squeezed, offset: Float[Tensor, " C"] | None = None) -> Norm:
-        """`of` where sums and squares are there already; the gradient of the statistics is theirs."""
+    def of_squeezed(self, x: Squeezed, pixels: int, offset: Float[Tensor, " C"] | None = None) -> Norm:
+        """`of` currents with `pixels` places, squeezed already."""
         if not self.training:
             return self.running(offset)
-        mean = x.mean.mean((0, 1))
-        var = (x.square.mean((0, 1)) - mean.square()).clamp(min=0)
-        return self._batch(x.y[: len(x.mean)], mean, var, offset, batch=False)
+        mean, square = torch.stack([x.mean, x.square]).mean((1, 2))
+        mean, var = variance(mean, square, x.most.dtype)
+        return self._batch(x.mean[..., 0].numel() * pixels, mean, var, offset)
 
-    def _batch(self, x: Tensor, mean: Tensor, var: Tensor, offset: Tensor | None, batch: bool) -> Norm:
-        count = x.numel() // x.shape[2]
+    def _batch(self, count: int, mean: Tensor, var: Tensor, offset: Tensor | None) -> Norm:
         if count < 2:
-            raise ValueError(f"batch statistics need more than one value a channel; got currents of {tuple(x.shape)}")
+            raise ValueError(f"batch statistics need more than one value a channel; got {count}")
         bias: Tensor = self.bias
         with torch.no_grad():
             centre = mean if offset is None else mean + offset
@@ -59,7 +58,7 @@ class ThresholdNorm(nn.Module):
             self.running_var.lerp_((var * (count / (count - 1))).to(self.running_var.dtype), MOMENTUM)
         if offset is not None:
             bias = bias + 0 * offset  # the mean takes an offset away: its gradient is 0, not absent
-        return Norm(self.weight * self.scale, bias, mean, var, batch)
+        return Norm(self.weight * self.scale, bias, mean, var, batch=True)
 
     def running(self, offset: Float[Tensor, " C"] | None = None) -> Norm:
         """The norm under the running statistics, in training too, for networks that are stepped through time."""

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spikegen.kernels import Attended, attended_scan, attending, lif_scan
+from spikegen.kernels import Attended, attended_scan, attending, conv_numba, lif_scan, multi_gates
 from spikegen.kernels.surrogates import ATan
 from spikegen.multi_attention import MASpec
 from spikegen.neurons import LIFSpec
@@ -63,12 +63,6 @@ def rounded(engine: str, dtype: torch.dtype) -> torch.dtype:
     return dtype if engine == "triton" and home(engine) == "cpu" else torch.promote_types(dtype, torch.float32)
 
 
-def plain_squeezes(y: Tensor, sign: Tensor) -> tuple[Tensor, ...]:
-    wide = y.to(sign.dtype)
-    most = (wide * sign.view(-1, 1, 1)).amax((3, 4)) * sign
-    return wide.mean((3, 4)).double(), wide.square().mean((3, 4)).double(), most
-
-
 def scaled(y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return y.to(scale.dtype) * scale[..., None, None] + shift[..., None, None]
 
@@ -77,39 +71,77 @@ def scaled(y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 @pytest.mark.parametrize("once", [False, True])
 @pytest.mark.parametrize("spaced", [False, True])
 @pytest.mark.parametrize("relu", [False, True])
-def test_each_pass_is_its_equation(
+def test_gating_is_its_equation(
     engine: str, dtype: torch.dtype, shape: tuple[int, ...], once: bool, spaced: bool, relu: bool
 ) -> None:
     steps, batch, channels, height, width = shape
     wide = torch.promote_types(dtype, torch.float32)
     y = currents(1 if once else steps, *shape[1:], dtype=dtype)
-    assert attending.fits(y)
-    sign = torch.where(torch.rand(channels) < 0.5, -1.0, 1.0).to(wide)
-    scale, shift = torch.randn(2, steps, batch, channels, dtype=wide)
-    if not spaced:  # halves, so that the largest of a place's channels are several
-        scale, shift = (k.mul(2).round().div(2) for k in (scale, shift))
-    scale, shift = scale.requires_grad_(), shift.requires_grad_()
+    scale, shift = (torch.randn(steps, batch, channels, dtype=wide).requires_grad_() for _ in range(2))
     gate = torch.rand(steps, batch, 1, height, width, dtype=wide).requires_grad_() if spaced else None
-
-    def fused() -> tuple[Tensor, ...]:
-        x = attending.squeeze(y, sign, steps)
-        squeezed = attending.squeeze_channels(x, scale, shift)
-        return *x[1:4], *squeezed, attending.attend(Attended(x.y, scale, shift, gate), relu)
-
-    def plain() -> tuple[Tensor, ...]:
-        z = scaled(y.expand(steps, *y.shape[1:]), scale, shift)
-        x = z if gate is None else z * gate
-        return *plain_squeezes(y, sign), z.mean(2, True), z.amax(2, True), (x.relu() if relu else x).to(dtype)
-
-    inputs = [y, scale, shift, *([] if gate is None else [gate])]
-    found, expected = fused(), plain()
-    *_, attended = expected
-    for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b, **tolerance(rounded(engine, dtype) if b is attended else wide))
-    given = [torch.randn_like(part) for part in expected]
-    grads = [torch.autograd.grad(parts, inputs, given) for parts in (found, expected)]
+    x = y.expand(steps, *shape[1:])
+    z = scaled(x, scale, shift) * (1 if gate is None else gate)
+    expected = (z.relu() if relu else z).to(dtype)
+    found = attending.attend(Attended(x, scale, shift, gate), relu)
+    torch.testing.assert_close(found, expected, **tolerance(rounded(engine, dtype)))
+    given, inputs = torch.randn_like(expected), [y, scale, shift, *([] if gate is None else [gate])]
+    grads = [torch.autograd.grad(gated, inputs, given) for gated in (found, expected)]
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b, **tolerance(dtype if a is grads[0][0] else wide))
+
+
+@pytest.mark.parametrize(("engine", "dtype", "shape"), PASSES, indirect=["engine"])
+@pytest.mark.parametrize("once", [False, True])
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("spaced", [False, True])
+def test_each_squeeze_is_its_equation(
+    engine: str, dtype: torch.dtype, shape: tuple[int, ...], once: bool, ties: bool, spaced: bool
+) -> None:
+    """`once`: one step's currents, squeezed over channels at one step (without ties) or at all."""
+    steps, batch, channels, height, width = shape
+    wide = torch.promote_types(dtype, torch.float32)
+    y = currents(1 if once else steps, *shape[1:], dtype=dtype)
+    assert attending.fits(y)
+    passes, layout, own = attending.squeezes(y), attending.layout_of(y), 1 if once and not ties else steps
+    sign = torch.where(torch.rand(channels) < 0.5, -1.0, 1.0).to(wide)
+    scale, shift = torch.randn(2, own, batch, channels, dtype=wide)
+    if ties:  # halves, so that the largest of a place's channels are several
+        scale, shift = (k.mul(2).round().div(2) for k in (scale, shift))
+    scale, shift = scale.requires_grad_(), shift.requires_grad_()
+    squeezed = attending.squeeze(y, sign)
+    mean, square = y.to(wide).mean((3, 4)), y.to(wide).square().mean((3, 4))
+    largest = (y.to(wide) * sign.view(-1, 1, 1)).amax((3, 4)) * sign
+    equal = (y == largest[..., None, None]).sum((3, 4)).to(wide)
+    for a, b in zip(squeezed, (mean.double(), square.double(), largest, equal), strict=True):
+        torch.testing.assert_close(a, b, **tolerance(wide))
+
+    plain = scaled(y.expand(own, *shape[1:]), scale, shift)
+    maps, expanded = (plain.mean(2, True), plain.amax(2, True)), y.detach().expand(own, *shape[1:])
+    over, values = attending.layout_of(expanded), (expanded, scale.detach(), shift.detach())
+    means, mosts = (torch.empty(own, batch, 1, height, width, dtype=wide) for _ in range(2))
+    passes.channels(over, *values, means, mosts)
+    for a, b in zip((means, mosts), maps, strict=True):
+        torch.testing.assert_close(a, b, **tolerance(wide))
+
+    grad = torch.randn(steps, batch, height, width, channels).to(dtype).movedim(-1, 2)
+    of_mean, of_square, of_largest = (torch.randn_like(k) for k in (mean, square, largest))
+    of_maps = [torch.randn_like(k) for k in maps]
+    outputs = [y.expand_as(grad), mean, square, largest, *(maps if spaced else ())]
+    given = [grad, of_mean, of_square, of_largest, *(of_maps if spaced else ())]
+    of_y, *of_scaling = torch.autograd.grad(outputs, [y, scale, shift], given, allow_unused=True)
+    more = None
+    if spaced:
+        each, share = of_maps[0] / channels, torch.empty_like(mosts)
+        found = torch.empty_like(values[1]), torch.empty_like(values[2])
+        passes.channels_backward(over, *values, (each, of_maps[1], mosts), (share, *found))
+        for a, b in zip(found, of_scaling, strict=True):
+            torch.testing.assert_close(a, b, **tolerance(wide))
+        more = each, share, mosts, *values[1:]
+    pixels, out = height * width, layout.empty(y, len(y))
+    numbers = of_mean / pixels, 2 * of_square / pixels, squeezed.most, of_largest / squeezed.ties
+    numbers = tuple(k.detach() for k in numbers)
+    passes.squeeze_backward(layout, y.detach(), grad, numbers, more, out)
+    torch.testing.assert_close(out, of_y, **tolerance(dtype))
 
 
 class Rounded(torch.autograd.Function):
@@ -255,7 +287,9 @@ def test_gradients_of_a_repeated_current_come_in_any_order_of_memory(order: str)
     grad = torch.randn(3, 2, 8, 9, 640).movedim(-1, 2)
     if order != "channels last":
         grad = grad.contiguous() if order == "channels first" else grad[:, :, :1].expand(3, 2, 640, 8, 9)
-    found = torch.autograd.grad(attending.squeeze(y, torch.ones(640), 3).y, y, grad)[0]
+    gates = multi_gates.Gates(None, None, None, True)
+    x = multi_gates.gate(y, attending.squeeze(y, torch.ones(640)), 3, None, gates)
+    found = torch.autograd.grad(x.y, y, grad)[0]
     torch.testing.assert_close(found, grad.sum(0, keepdim=True))
 
 
@@ -300,14 +334,14 @@ def test_statistics_of_squeezed_currents_are_those_of_the_currents() -> None:
     """Far from 0, where squares hide what varies."""
     y = torch.randn(3, 4, 6, 6, 5).mul(0.01).add(30).movedim(-1, 2)
     norms = [ThresholdNorm(5, 0.5) for _ in range(2)]
-    few = norms[0].of_squeezed(attending.squeeze(y, torch.ones(5), 3))
+    few = norms[0].of_squeezed(attending.squeeze(y, torch.ones(5)), 36)
     many = norms[1].of(y)
     for a, b in zip(few[:4], many[:4], strict=True):
         torch.testing.assert_close(a.to(b.dtype), b)
     for a, b in zip(norms[0].buffers(), norms[1].buffers(), strict=True):
         torch.testing.assert_close(a, b)
     with pytest.raises(ValueError, match="more than one value a channel"):
-        norms[0].of_squeezed(attending.squeeze(torch.zeros(1, 1, 1, 1, 5).movedim(-1, 2), torch.ones(5), 2))
+        norms[0].of_squeezed(attending.squeeze(torch.zeros(1, 1, 1, 1, 5).movedim(-1, 2), torch.ones(5)), 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -317,18 +351,13 @@ def test_statistics_of_squeezed_currents_are_those_of_the_currents() -> None:
 )
 def test_the_space_gates_convolution(dtype: torch.dtype, shape: tuple[int, ...], kernel: int) -> None:
     steps, batch, *space = shape
-    maps = [torch.randn(steps, batch, 1, *space, dtype=dtype).requires_grad_() for _ in range(2)]
+    maps = [torch.randn(steps * batch, *space, dtype=dtype).requires_grad_() for _ in range(2)]
     weight = torch.randn(1, 2, kernel, kernel, dtype=dtype).requires_grad_()
-    found = attending.convolve(maps[0], maps[1], weight)
-    both = torch.cat(maps, 2).flatten(0, 1)
-    expected = F.conv2d(both, weight, padding=kernel // 2).unflatten(0, (steps, batch))
-    assert "Convolve" in type(found.grad_fn).__name__
-    grad = torch.randn_like(expected)
-    for a, b in zip(*(torch.autograd.grad(y, [*maps, weight], grad) for y in (found, expected)), strict=True):
-        torch.testing.assert_close(a, b, **tolerance(dtype))
+    expected = F.conv2d(torch.stack(maps, 1), weight, padding=kernel // 2).squeeze(1)
+    grad, found = torch.randn_like(expected), torch.empty_like(expected)
+    of_maps, (given, kernels) = [torch.empty_like(found) for _ in range(2)], ([m.detach() for m in maps], weight[0])
+    conv_numba.convolve(tuple(given), kernels.detach(), found)
+    of_weight = conv_numba.convolve_backward(tuple(given), kernels.detach(), grad, tuple(of_maps))
     torch.testing.assert_close(found, expected, **tolerance(dtype))
-    channels_last = torch.randn(2, 3, 4, 5, 1).movedim(-1, 2)
-    torch.testing.assert_close(
-        attending.convolve(channels_last, -channels_last, weight.float()),
-        attending.convolve(channels_last.contiguous(), -channels_last.contiguous(), weight.float()),
-    )
+    for a, b in zip((*of_maps, of_weight[None]), torch.autograd.grad(expected, [*maps, weight], grad), strict=True):
+        torch.testing.assert_close(a, b, **tolerance(dtype))

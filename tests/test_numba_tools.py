@@ -45,10 +45,10 @@ def test_the_largest_float_is_the_largest_integer() -> None:
 @pytest.mark.slow
 def test_what_is_compiled_is_kept_for_the_next_process(tmp_path: Path) -> None:
     code = (
-        "import torch; from spikegen.kernels import attending as a; x = torch.rand(2, 1, 1, 4, 4).requires_grad_();"
-        "a.convolve(x, x, torch.rand(1, 2, 3, 3)).sum().backward();"
+        "import torch; from spikegen.kernels import attending as a, multi_gates as m;"
         "y = torch.rand(2, 3, 4, 4, 5).movedim(-1, 2).requires_grad_();"
-        "s = a.squeeze(y, torch.ones(5), 2); a.squeeze_channels(s, s.mean.float(), s.most)[1].sum().backward()"
+        "g = m.Gates(None, None, torch.rand(1, 2, 3, 3), True);"
+        "x = m.gate(y, a.squeeze(y, torch.ones(5)), 2, None, g); (x.gate.sum() + x.y.sum()).backward()"
     )
     kept = []
     for _ in range(2):

@@ -69,7 +69,7 @@ def build(kernel, floats, bytes=(), **constants):
             return "*u8" if name in bytes else f"*{floats}"
         if name in ("mean", "square") and kernel is attend_triton._squeeze:
             return "*fp64"
-        if name in (*SIZES, "steps"):
+        if name in (*SIZES, "steps", "own"):
             return "i32"
         return (wide if name == "sums" else POINTERS.get(name)) or ("fp32" if name in "abc" else "*fp32")
 
@@ -94,7 +94,7 @@ for floats, cases in (("bf16", ({}, *ONES)), ("fp32", ({},))):
         images = {k: v for k, v in sizes.items() if k != "each"}
         for kernel in (attend_triton._squeeze, attend_triton._channels, attend_triton._channels_backward):
             assert "fma.rn.f32" not in build(kernel, floats, **common, **images)
-        for spaced, steps in ((False, {}), (True, {}), (True, {"steps": 1})):
+        for spaced, steps in ((False, {}), (True, {}), (True, {"steps": 1, "own": 1})):
             ptx = build(attend_triton._squeeze_backward, floats, SPACED=spaced, **steps, **common, **images)
             assert "fma.rn.f32" not in ptx
         for places, lanes in ((2048, 1), (1, 2048)):

@@ -13,7 +13,7 @@ from numba import carray
 from torch import Tensor
 
 from spikegen.kernels.layout import Layout
-from spikegen.kernels.numba_tools import ONE, compiled, load, pointer, reducing, store
+from spikegen.kernels.numba_tools import ARGUMENTS, ONE, compiled, load, pointer, reducing, store
 from spikegen.kernels.squeeze_numba import MAX_CHANNELS, each_image, wide_types
 
 
@@ -32,21 +32,21 @@ def _attend(dtype: torch.dtype, spaced: bool, relu: bool) -> Any:
     W = MAX_CHANNELS
 
     def attend(begin, end, context):  # type: ignore[no-untyped-def]
-        a = carray(context, 20)
+        a = carray(context, ARGUMENTS)
         R, P, C, time_stride, row_stride = a[1], a[2], a[3], a[4], a[5]
         w = np.empty(2 * W, wide_np)
-        numbers = carray(pointer(a[19], wide), 2)
+        numbers = carray(pointer(a[7], wide), 2)
         unit, nil = numbers[0], numbers[1]
         for job in range(begin, end):
             start = (job // R) * time_stride + (job % R) * row_stride
             for k in range(2):
-                given = carray(pointer(a[8 + k] + job * C * wide_size, wide), C)
+                given = carray(pointer(a[11 + k] + job * C * wide_size, wide), C)
                 for i in range(C):
                     w[k * W + i] = given[i]
-            gates = carray(pointer(a[10] + (job * P * wide_size if spaced else 0), wide), P if spaced else 1)
+            gates = carray(pointer(a[13] + (job * P * wide_size if spaced else 0), wide), P if spaced else 1)
             for p in range(P):
-                x = carray(pointer(a[7] + (start + p * C) * size, item), C)
-                out = carray(pointer(a[11] + (job * P + p) * C * size, item), C)
+                x = carray(pointer(a[10] + (start + p * C) * size, item), C)
+                out = carray(pointer(a[14] + (job * P + p) * C * size, item), C)
                 gate = gates[p] if spaced else unit
                 for i in range(C):
                     value = load(x[i]) * w[i] + w[W + i]
@@ -66,25 +66,25 @@ def _attend_backward(dtype: torch.dtype, spaced: bool, relu: bool) -> Any:
     W = MAX_CHANNELS
 
     def attend_backward(begin, end, context):  # type: ignore[no-untyped-def]
-        a = carray(context, 20)
+        a = carray(context, ARGUMENTS)
         R, P, C, time_stride, row_stride = a[1], a[2], a[3], a[4], a[5]
         w = np.empty(6 * W, wide_np)  # scale, shift, their gradients, dL/dX, its product with what was gated
-        numbers = carray(pointer(a[19], wide), 2)
+        numbers = carray(pointer(a[7], wide), 2)
         unit, nil = numbers[0], numbers[1]
         for job in range(begin, end):
             start = (job // R) * time_stride + (job % R) * row_stride
             for k in range(2):
-                given = carray(pointer(a[8 + k] + job * C * wide_size, wide), C)
+                given = carray(pointer(a[11 + k] + job * C * wide_size, wide), C)
                 for i in range(C):
                     w[k * W + i] = given[i]
                     w[(2 + k) * W + i] = nil
-            gates = carray(pointer(a[10] + (job * P * wide_size if spaced else 0), wide), P if spaced else 1)
-            grad_gates = carray(pointer(a[11] + (job * P * wide_size if spaced else 0), wide), P if spaced else 1)
+            gates = carray(pointer(a[13] + (job * P * wide_size if spaced else 0), wide), P if spaced else 1)
+            grad_gates = carray(pointer(a[14] + (job * P * wide_size if spaced else 0), wide), P if spaced else 1)
             products = w[5 * W : 6 * W]
             for p in range(P):
-                x = carray(pointer(a[7] + (start + p * C) * size, item), C)
-                g = carray(pointer(a[12] + (job * P + p) * C * size, item), C)
-                out = carray(pointer(a[13] + (job * P + p) * C * size, item), C)
+                x = carray(pointer(a[10] + (start + p * C) * size, item), C)
+                g = carray(pointer(a[15] + (job * P + p) * C * size, item), C)
+                out = carray(pointer(a[16] + (job * P + p) * C * size, item), C)
                 gate = gates[p] if spaced else unit
                 for i in range(C):
                     grad = load(g[i])
@@ -104,7 +104,7 @@ def _attend_backward(dtype: torch.dtype, spaced: bool, relu: bool) -> Any:
                 if spaced:
                     grad_gates[p] = _total(products, C, nil)
             for k in range(2):
-                sums = carray(pointer(a[14 + k] + job * C * wide_size, wide), C)
+                sums = carray(pointer(a[17 + k] + job * C * wide_size, wide), C)
                 for i in range(C):
                     sums[i] = w[(2 + k) * W + i]
 
@@ -118,7 +118,7 @@ def attend(
     layout: Layout, y: Tensor, scale: Tensor, shift: Tensor, gate: Tensor | None, relu: bool, out: Tensor
 ) -> None:
     """Write gate (scale Y + shift) in Y's dtype; its positive part where `relu`. The gate is one for every place."""
-    each_image(_attend(y.dtype, gate is not None, relu), layout, y, [None, y, scale, shift, gate, out])
+    each_image(_attend(y.dtype, gate is not None, relu), layout, y, [y, scale, shift, gate, out])
 
 
 def attend_backward(
@@ -133,4 +133,4 @@ def attend_backward(
 ) -> None:
     """`out`: the gradients of the gate, of Y, of scale and of shift."""
     function = _attend_backward(y.dtype, gate is not None, relu)
-    each_image(function, layout, y, [None, y, scale, shift, gate, out[0], grad, *out[1:]])
+    each_image(function, layout, y, [y, scale, shift, gate, out[0], grad, *out[1:]])

@@ -46,6 +46,12 @@ def _numbers(given, row, lanes, L):  # type: ignore[no-untyped-def]
 
 
 @jit
+def _of_places(given, row, places, P):  # type: ignore[no-untyped-def]
+    """An image's, one a place."""
+    return tl.load(given + row * P + places, places < P, 0)[:, None]
+
+
+@jit
 def _squeeze(  # type: ignore[no-untyped-def]
     y, sign, mean, square, most, ties, R, P, L, time_stride, row_stride,
     WIDE: tl.constexpr, PB: tl.constexpr, LB: tl.constexpr,
@@ -75,28 +81,27 @@ def _squeeze(  # type: ignore[no-untyped-def]
 
 @jit
 def _squeeze_backward(  # type: ignore[no-untyped-def]
-    y, grads, constant, slope, most, share, back, out, steps, R, P, L, time_stride, row_stride,
+    y, grads, constant, slope, most, share, out, everywhere, share_of_largest, largest_of, scale, shift,
+    steps, own, R, P, L, time_stride, row_stride,
     SPACED: tl.constexpr, WIDE: tl.constexpr, PB: tl.constexpr, LB: tl.constexpr,
 ):  # fmt: skip
     row, lanes, start, dense = _image(R, P, L, time_stride, row_stride, LB)
     k0 = _numbers(constant, row, lanes, L)
     k1 = _numbers(slope, row, lanes, L)
     largest = _numbers(most, row, lanes, L)
-    part = _numbers(share, row, lanes, L)
+    equal_part = _numbers(share, row, lanes, L)
     for first in range(0, P, PB):
-        places, there, here, mask = _block(first, lanes, P, L, PB)
+        places, _there, here, mask = _block(first, lanes, P, L, PB)
         value = tl.load(y + start + here, mask, 0).to(WIDE)
-        grad = k0 + k1 * value + tl.where(value == largest, part, 0)
+        grad = k0 + k1 * value + tl.where(value == largest, equal_part, 0)
         for step in range(steps):  # more than one are those of currents that serve all of them
             image = row + step * R
             grad += tl.load(grads + image * P * L + here, mask, 0).to(WIDE)
-            if SPACED:
-                given = back + image * (3 * P + 2 * L)
-                scales = tl.load(given + 3 * P + lanes, lanes < L, 0)[None, :]
-                shifts = tl.load(given + 3 * P + L + lanes, lanes < L, 0)[None, :]
-                same = value * scales + shifts == tl.load(given + 2 * P + places, there, 0)[:, None]
-                each = tl.load(given + places, there, 0)[:, None]
-                grad += (each + tl.where(same, tl.load(given + P + places, there, 0)[:, None], 0)) * scales
+            if SPACED and step < own:
+                scales = _numbers(scale, image, lanes, L)
+                same = value * scales + _numbers(shift, image, lanes, L) == _of_places(largest_of, image, places, P)
+                part = tl.where(same, _of_places(share_of_largest, image, places, P), 0)
+                grad += (_of_places(everywhere, image, places, P) + part) * scales
         tl.store(out + dense + here, grad.to(out.dtype.element_ty), mask)
 
 
@@ -197,11 +202,21 @@ def squeeze(layout: Layout, y: Tensor, sign: Tensor, out: tuple[Tensor, ...]) ->
 
 
 def squeeze_backward(
-    layout: Layout, y: Tensor, grad: Tensor, numbers: tuple[Tensor, ...], back: Tensor | None, out: Tensor
+    layout: Layout,
+    y: Tensor,
+    grad: Tensor,
+    numbers: tuple[Tensor, ...],
+    spaced: tuple[Tensor, ...] | None,
+    out: Tensor,
 ) -> None:
-    """Write the steps' sum of grad and `back`, + numbers[0] + numbers[1] Y, and + numbers[3] where Y is numbers[2]."""
-    given = y, grad, *numbers, back, out, len(grad) // len(y)
-    _each_image(_squeeze_backward, layout, y, given, numbers[0], SPACED=back is not None)
+    """Write the sum over steps of grad, + numbers[0] + numbers[1] Y, and + numbers[3] where Y is numbers[2].
+
+    With `spaced`, (each, share, most, scale, shift), + scale (each + share where scale Y + shift is most), of as many
+    steps as grad has or one.
+    """
+    own = 0 if spaced is None else len(spaced[0]) // len(y)
+    given = y, grad, *numbers, out, *(spaced or (None,) * 5), len(grad) // len(y), own
+    _each_image(_squeeze_backward, layout, y, given, numbers[0], SPACED=spaced is not None)
 
 
 def channels(layout: Layout, y: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, most: Tensor) -> None:

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from spikegen.kernels import attending, fused
 from spikegen.kernels.attending import Attended
 from spikegen.kernels.engines import module
-from spikegen.kernels.layout import Layout, channels_last, kept
+from spikegen.kernels.layout import channels_last, kept
 from spikegen.kernels.surrogates import AnySurrogate
 
 
@@ -50,10 +50,10 @@ class _Scan(torch.autograd.Function):
         _, layout, constants = fused.arrange(y, None, beta, threshold, len(y), engine)
         spikes, rate = fused.outputs(y, layout, True, y.dtype)
         counts = constants.new_empty(layout.steps, layout.rows, layout.lanes)
-        scaling = _scaling(layout, scale, shift)
+        scaling = torch.stack([layout.rate_to_lanes(scale), layout.rate_to_lanes(shift)])  # [2, T, rows, lanes]
         module(engine).forward(layout, y, constants, zero, False, spikes, counts, scaling, gate)
         rate.copy_(layout.rate_from_lanes(counts)).div_(y[0, 0, 0].numel())
-        ctx.save_for_backward(y, scale, shift, gate, beta, threshold)
+        ctx.save_for_backward(y, scaling, gate, beta, threshold)
         ctx.rest = zero, surrogate, engine
         ctx.set_materialize_grads(False)
         return spikes, rate
@@ -61,15 +61,14 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, grad_rate: Tensor | None) -> Any:
-        y, scale, shift, gate, beta, threshold = ctx.saved_tensors
+        y, scaling, gate, beta, threshold = ctx.saved_tensors
         zero, surrogate, engine = ctx.rest
         y = kept(y)
         _, layout, constants = fused.arrange(y, None, beta, threshold, len(y), engine)
         grad = torch.zeros_like(y) if grad is None else grad.to(y.dtype)
         share = None if grad_rate is None else layout.rate_to_lanes(grad_rate / y[0, 0, 0].numel())
         learnt = ctx.needs_input_grad[4] or ctx.needs_input_grad[5]
-        scaling, out = _scaling(layout, scale, shift), layout.empty(y, len(y))
-        of_scaling, of_gate = torch.empty_like(scaling), None
+        out, of_scaling, of_gate = layout.empty(y, len(y)), torch.empty_like(scaling), None
         if gate is not None:  # a part from every block of lanes
             of_gate = gate.new_empty(-(-layout.lanes // module(engine).TILE), *gate.shape)
         sums = module(engine).backward(
@@ -78,9 +77,6 @@ class _Scan(torch.autograd.Function):
         )
         of_scale, of_shift = (layout.rate_from_lanes(k) for k in of_scaling)
         constant = (None, None) if sums is None else map(layout.from_lanes, sums[2:], (beta, threshold))
-        return out, of_scale, of_shift, None if of_gate is None else of_gate.sum(0), *constant, None, None, None
-
-
-def _scaling(layout: Layout, scale: Tensor, shift: Tensor) -> Tensor:
-    """The two for every lane, [2, T, rows, lanes]."""
-    return torch.stack([layout.rate_to_lanes(scale), layout.rate_to_lanes(shift)])
+        if of_gate is not None:
+            of_gate = of_gate[0] if len(of_gate) == 1 else of_gate.sum(0)
+        return out, of_scale, of_shift, of_gate, *constant, None, None, None

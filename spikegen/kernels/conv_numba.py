@@ -44,6 +44,19 @@ def _dot(x: Any, y: Any, n: int, nil: Any) -> Any:
     return total
 
 
+@njit(error_model="numpy", forceinline=True, fastmath=_FAST)
+@bare
+def _four_dots(x: Any, y: Any, n: int, nil: Any) -> Any:
+    """`_dot` of x, x[1:], x[2:] and x[3:]."""
+    t0 = t1 = t2 = t3 = nil
+    for i in range(n):
+        t0 += x[i] * y[i]
+        t1 += x[i + 1] * y[i]
+        t2 += x[i + 2] * y[i]
+        t3 += x[i + 3] * y[i]
+    return t0, t1, t2, t3
+
+
 @inlined
 def _whole(n: int) -> int:
     """The least multiple of VECTORS that is no less."""
@@ -125,8 +138,15 @@ def _backward(dtype: torch.dtype, taps: int) -> Any:
                     for tap in range(0, K * K, taps):
                         shift = (k * (H + K) + tap // K) * wide + tap % K
                         _add(grads[shift:], before, weight[k * K * K + tap :], longer, taps)
-                        for b in range(taps):
+                        for b in range(taps // 4 * 4, taps):
                             grad_weight[k * K * K + tap + b] += _dot(padded[shift + b :], grad, n, nil)
+                        for b in range(0, taps - 3, 4):
+                            t0, t1, t2, t3 = _four_dots(padded[shift + b :], grad, n, nil)
+                            of_taps = grad_weight[k * K * K + tap + b :]
+                            of_taps[0] += t0
+                            of_taps[1] += t1
+                            of_taps[2] += t2
+                            of_taps[3] += t3
                 for k in range(2):
                     out = carray(pointer(a[9 + k] + image * H * W * size, item), H * W)
                     for h in range(H):

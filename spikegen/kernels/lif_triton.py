@@ -15,6 +15,7 @@ from spikegen.kernels.triton_tools import block_of, each_of, jit, lanes_of, part
 
 __all__ = [
     "MAX_STEPS",
+    "SUMS_TILE",
     "TILE",
     "backward",
     "forward",
@@ -26,7 +27,7 @@ __all__ = [
     "unavailable",
 ]
 
-TILE = 1
+TILE = SUMS_TILE = 1
 """Lanes that places are merged up to: none, a program takes a block of places by lanes."""
 
 MAX_STEPS = 64

@@ -41,9 +41,15 @@ def moments(y: Float[Tensor, "T B C *n"]) -> tuple[Float[Tensor, " C"], Float[Te
     y = y.detach()
     sums = _sums(y)
     count = y.numel() // max(y.shape[2], 1)
-    mean, var = (sums / count).unbind()
-    found = torch.stack([mean, torch.addcmul(var, mean, mean, value=-1).clamp_(min=0)])
-    mean, var = found.to(torch.promote_types(y.dtype, torch.float32)).unbind()
+    mean, square = sums / count
+    return variance(mean, square, torch.promote_types(y.dtype, torch.float32))
+
+
+def variance(
+    mean: Float[Tensor, " C"], square: Float[Tensor, " C"], dtype: torch.dtype
+) -> tuple[Float[Tensor, " C"], Float[Tensor, " C"]]:
+    """Mean and biased variance in `dtype`, of the mean and the mean square in float64."""
+    mean, var = torch.stack([mean, torch.addcmul(square, mean, mean, value=-1).clamp_(min=0)]).to(dtype).unbind()
     return mean, var
 
 
@@ -72,7 +78,7 @@ def _sums(y: Tensor) -> Tensor:
         wide = y.movedim(2, 0).flatten(1).double()
         return torch.stack([wide.sum(1), wide.square().sum(1)])
     one = y.new_empty(y.shape[2], *(1,) * (y.dim() - 3))
-    y, layout = lay_out(y, y.shape[0], [one], module(engine).TILE)
+    y, layout = lay_out(y, y.shape[0], [one], module(engine).SUMS_TILE)
     return layout.channel_sums(module(engine).moments(layout, y))
 
 

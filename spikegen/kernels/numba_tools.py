@@ -19,7 +19,7 @@ from torch import Tensor
 WIDTH = 512
 """Lanes of a block, and that places are merged up to: many vectors, but few enough to stay in the cache."""
 
-ARGUMENTS = 22
+ARGUMENTS = 24
 """That a pass is given at most."""
 
 CHUNKS = 16
@@ -103,6 +103,24 @@ def bare(function: Callable[..., Any]) -> Any:
 def reducing(function: Callable[..., Any]) -> Any:
     """A function for the passes to call, whose sums have the compiler's order, so that they take whole vectors."""
     return njit(error_model="numpy", forceinline=True, fastmath={"reassoc"})(bare(function))
+
+
+@inlined
+def four_sums(x0, x1, x2, x3, sums, stride, n, half):  # type: ignore[no-untyped-def]
+    """Add four rows, and at `stride` their squares, to sums in float64; the four of bfloat16 (`half`) in float32.
+
+    Four at a time, as it is the reading and writing of sums that takes the time.
+    """
+    if half:  # whose products are exact in float32
+        for i in range(n):
+            v0, v1, v2, v3 = load(x0[i]), load(x1[i]), load(x2[i]), load(x3[i])
+            sums[i] += np.float64((v0 + v1) + (v2 + v3))
+            sums[stride + i] += np.float64((v0 * v0 + v1 * v1) + (v2 * v2 + v3 * v3))
+    else:
+        for i in range(n):
+            d0, d1, d2, d3 = np.float64(x0[i]), np.float64(x1[i]), np.float64(x2[i]), np.float64(x3[i])
+            sums[i] += (d0 + d1) + (d2 + d3)
+            sums[stride + i] += (d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3)
 
 
 @inlined

@@ -9,12 +9,24 @@ from numba import carray, types
 from torch import Tensor
 
 from spikegen.kernels.layout import Layout
-from spikegen.kernels.numba_tools import ITEM, ONE, WIDTH, addresses, compiled, cut, load, pointer, run, store
+from spikegen.kernels.numba_tools import (
+    ITEM,
+    ONE,
+    WIDTH,
+    addresses,
+    compiled,
+    cut,
+    four_sums,
+    load,
+    pointer,
+    run,
+    store,
+)
 
 
 @functools.cache
 def _moments(dtype: torch.dtype) -> Any:
-    item, size = ITEM[dtype], dtype.itemsize
+    item, size, half = ITEM[dtype], dtype.itemsize, dtype == torch.bfloat16
     W = WIDTH
 
     def moments(begin, end, context):  # type: ignore[no-untyped-def]
@@ -28,9 +40,12 @@ def _moments(dtype: torch.dtype) -> Any:
                 sums[i] = 0
             for r in range((job // blocks) * chunk, min(R, (job // blocks + 1) * chunk)):
                 for t in range(T):
-                    for p in range(P):
-                        start = t * time_stride + r * row_stride + p * L + first
-                        x = carray(pointer(a[9] + start * size, item), n)
+                    start = t * time_stride + r * row_stride + first
+                    for p in range(0, P - 3, 4):
+                        x = carray(pointer(a[9] + (start + p * L) * size, item), 3 * L + n)
+                        four_sums(x[:n], x[L : L + n], x[2 * L : 2 * L + n], x[3 * L :], sums, W, n, half)
+                    for p in range(P // 4 * 4, P):
+                        x = carray(pointer(a[9] + (start + p * L) * size, item), n)
                         for i in range(n):
                             value = np.float64(load(x[i]))
                             sums[i] += value

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from spikegen.kernels.layout import Layout
 from spikegen.kernels.numba_tools import (
+    ARGUMENTS,
     ITEM,
     ONE,
     addresses,
     compiled,
-    inlined,
+    four_sums,
     load,
     ordered,
     pointer,
@@ -30,6 +31,9 @@ from spikegen.kernels.numba_tools import (
 MAX_CHANNELS = 2048
 """What the scratch holds."""
 
+STRIDE = MAX_CHANNELS + 48
+"""From one part of the scratch to the next: no multiple of 4 KiB, at which the first cache takes one for another."""
+
 
 def wide_types(dtype: torch.dtype) -> tuple[Any, Any, int, Any, int]:
     """(numba's type of a number of Y, of a wide one, that one's bytes and numpy type, the bytes of the first)."""
@@ -37,121 +41,133 @@ def wide_types(dtype: torch.dtype) -> tuple[Any, Any, int, Any, int]:
     return ITEM[dtype], wide[0], wide[2], wide[1], dtype.itemsize
 
 
+# The context of every pass: sizes and strides (6), none, where (1, 0) is, steps, those of `spaced`, then tensors.
+
+
 @functools.cache
 def _squeeze(dtype: torch.dtype) -> Any:
     item, wide, wide_size, wide_np, size = wide_types(dtype)
-    W = MAX_CHANNELS
+    half = dtype == torch.bfloat16
+    S = STRIDE
+    MOST, TIES, SIGN, ALL = range(4)
 
     def squeeze(begin, end, context):  # type: ignore[no-untyped-def]
-        a = carray(context, 20)
+        a = carray(context, ARGUMENTS)
         R, P, C, time_stride, row_stride = a[1], a[2], a[3], a[4], a[5]
-        sign = carray(pointer(a[6], wide), C)
-        sums = np.empty(2 * W, np.float64)
-        w = np.empty(4 * W, wide_np)  # the largest, how many are, values, signs
-        numbers = carray(pointer(a[19], wide), 2)
+        sign = carray(pointer(a[10], wide), C)
+        sums = np.empty(2 * S, np.float64)
+        w = np.empty(ALL * S, wide_np)
+        numbers = carray(pointer(a[7], wide), 2)
         unit, nil = numbers[0], numbers[1]
         for i in range(C):
-            w[3 * W + i] = sign[i]
+            w[SIGN * S + i] = sign[i]
         for job in range(begin, end):
             start = (job // R) * time_stride + (job % R) * row_stride
             for i in range(C):
                 sums[i] = 0
-                sums[W + i] = 0
-                w[i] = -np.inf
-                w[W + i] = nil
-            for p in range(P):
-                x = carray(pointer(a[7] + (start + p * C) * size, item), C)
+                sums[S + i] = 0
+                w[MOST * S + i] = -np.inf
+                w[TIES * S + i] = nil
+            for p in range(0, P - 3, 4):  # see `four_sums` for why four
+                x = carray(pointer(a[11] + (start + p * C) * size, item), 4 * C)
+                x0, x1, x2, x3 = x[:C], x[C : 2 * C], x[2 * C : 3 * C], x[3 * C :]
+                four_sums(x0, x1, x2, x3, sums, S, C, half)
                 for i in range(C):
-                    value = np.float64(load(x[i]))
-                    sums[i] += value
-                    sums[W + i] += value * value
+                    sign_i, before = w[SIGN * S + i], w[MOST * S + i]
+                    v0, v1, v2, v3 = load(x0[i]), load(x1[i]), load(x2[i]), load(x3[i])
+                    v0, v1, v2, v3 = v0 * sign_i, v1 * sign_i, v2 * sign_i, v3 * sign_i
+                    m01, m23 = v0 if v0 > v1 else v1, v2 if v2 > v3 else v3
+                    most = m01 if m01 > m23 else m23
+                    most = most if most > before else before
+                    ties = w[TIES * S + i] if before == most else nil
+                    ties += (unit if v0 == most else nil) + (unit if v1 == most else nil)
+                    ties += (unit if v2 == most else nil) + (unit if v3 == most else nil)
+                    w[TIES * S + i] = ties
+                    w[MOST * S + i] = most
+            for p in range(P // 4 * 4, P):
+                x = carray(pointer(a[11] + (start + p * C) * size, item), C)
                 for i in range(C):
-                    value = load(x[i]) * w[3 * W + i]
-                    most = w[i]
-                    same = w[W + i] + (unit if value == most else nil)
-                    w[W + i] = unit if value > most else same
-                    w[i] = value if value > most else most
+                    exact = np.float64(load(x[i]))
+                    sums[i] += exact
+                    sums[S + i] += exact * exact
+                for i in range(C):
+                    value, before = load(x[i]) * w[SIGN * S + i], w[MOST * S + i]
+                    most = value if value > before else before
+                    ties = w[TIES * S + i] if before == most else nil
+                    w[TIES * S + i] = ties + (unit if value == most else nil)
+                    w[MOST * S + i] = most
             for k in range(2):
-                out = carray(pointer(a[8 + k] + job * C * 8, types.float64), C)
+                out = carray(pointer(a[12 + k] + job * C * 8, types.float64), C)
                 for i in range(C):
-                    out[i] = sums[k * W + i] / P
-            most_out = carray(pointer(a[10] + job * C * wide_size, wide), C)
-            ties = carray(pointer(a[11] + job * C * wide_size, wide), C)
+                    out[i] = sums[k * S + i] / P
+            most_out = carray(pointer(a[14] + job * C * wide_size, wide), C)
+            ties_out = carray(pointer(a[15] + job * C * wide_size, wide), C)
             for i in range(C):
-                most_out[i] = w[i] * w[3 * W + i]
-                ties[i] = w[W + i]
+                most_out[i] = w[MOST * S + i] * w[SIGN * S + i]
+                ties_out[i] = w[TIES * S + i]
 
     return compiled(squeeze)
-
-
-@inlined
-def _of_space(value, constant, slope, largest, share, nil):  # type: ignore[no-untyped-def]
-    """dL/dY by what Y is over space."""
-    return constant + slope * value + (share if value == largest else nil)
-
-
-@inlined
-def _of_channels(value, scale, shift, each, share, largest, nil):  # type: ignore[no-untyped-def]
-    """dL/dY by what scale Y + shift is over channels."""
-    return (each + (share if value * scale + shift == largest else nil)) * scale
 
 
 @functools.cache
 def _squeeze_backward(dtype: torch.dtype, spaced: bool) -> Any:
     item, wide, wide_size, wide_np, size = wide_types(dtype)
     like = ONE[dtype]
-    W = MAX_CHANNELS
+    S = STRIDE
+    CONSTANT, SLOPE, MOST, SHARE, TOTAL, SPACED = range(6)
 
     def squeeze_backward(begin, end, context):  # type: ignore[no-untyped-def]
-        a = carray(context, 20)
+        a = carray(context, ARGUMENTS)
         R, P, C, time_stride, row_stride = a[1], a[2], a[3], a[4], a[5]
-        steps, back_size = a[15], (3 * P + 2 * C) * wide_size
-        w = np.empty((5 + (2 * steps if spaced else 0)) * W, wide_np)
-        k0, k1, most, part, total = w[:W], w[W : 2 * W], w[2 * W : 3 * W], w[3 * W : 4 * W], w[4 * W : 5 * W]
-        nil = carray(pointer(a[19], wide), 2)[1]
-        for i in range(C):
-            total[i] = nil
+        steps, own = a[8], a[9]
+        w = np.empty((SPACED + 2 * own) * S, wide_np)  # the last: scale and shift of every step
+        nil = carray(pointer(a[7], wide), 2)[1]
         for job in range(begin, end):
             start = (job // R) * time_stride + (job % R) * row_stride
             for k in range(4):
-                given = carray(pointer(a[9 + k] + job * C * wide_size, wide), C)
+                given = carray(pointer(a[12 + k] + job * C * wide_size, wide), C)
                 for i in range(C):
-                    w[k * W + i] = given[i]
-            if spaced:
-                for s in range(steps):
-                    back = carray(pointer(a[13] + (s * R + job) * back_size, wide), 3 * P + 2 * C)
-                    for k in range(2):
-                        for i in range(C):
-                            w[(5 + 2 * s + k) * W + i] = back[3 * P + k * C + i]
+                    w[k * S + i] = given[i]
+            for s in range(own):
+                for k in range(2):
+                    given = carray(pointer(a[20 + k] + (s * R + job) * C * wide_size, wide), C)
+                    for i in range(C):
+                        w[(SPACED + 2 * s + k) * S + i] = given[i]
             for p in range(P):
-                x = carray(pointer(a[7] + (start + p * C) * size, item), C)
-                out = carray(pointer(a[14] + (job * P + p) * C * size, item), C)
+                x = carray(pointer(a[10] + (start + p * C) * size, item), C)
+                out = carray(pointer(a[16] + (job * P + p) * C * size, item), C)
                 for s in range(steps):  # more than one are those of currents that serve all of them
-                    image = s * R + job
-                    g = carray(pointer(a[8] + (image * P + p) * C * size, item), C)
+                    pixel = (s * R + job) * P + p
+                    g = carray(pointer(a[11] + pixel * C * size, item), C)
                     each, share, largest, scale = nil, nil, nil, w
-                    if spaced:
-                        back = carray(pointer(a[13] + image * back_size, wide), 3 * P)
-                        each, share, largest = back[p], back[P + p], back[2 * P + p]
-                        scale = w[(5 + 2 * s) * W :]
+                    if spaced and s < own:
+                        each = carray(pointer(a[17] + pixel * wide_size, wide), 1)[0]
+                        share = carray(pointer(a[18] + pixel * wide_size, wide), 1)[0]
+                        largest = carray(pointer(a[19] + pixel * wide_size, wide), 1)[0]
+                        scale = w[(SPACED + 2 * s) * S :]
                     if steps == 1:
                         for i in range(C):
                             value = load(x[i])
-                            grad = load(g[i]) + _of_space(value, k0[i], k1[i], most[i], part[i], nil)
+                            grad = load(g[i]) + w[CONSTANT * S + i] + w[SLOPE * S + i] * value
+                            grad += w[SHARE * S + i] if value == w[MOST * S + i] else nil
                             if spaced:
-                                grad += _of_channels(value, scale[i], scale[W + i], each, share, largest, nil)
+                                same = value * scale[i] + scale[S + i] == largest
+                                grad += (each + (share if same else nil)) * scale[i]
                             out[i] = store(grad, like)
                     else:
                         for i in range(C):
-                            grad = load(g[i])
-                            if spaced:
-                                grad += _of_channels(load(x[i]), scale[i], scale[W + i], each, share, largest, nil)
-                            total[i] += grad
+                            before = w[TOTAL * S + i] if s > 0 else nil
+                            w[TOTAL * S + i] = before + load(g[i])
+                        if spaced and s < own:
+                            for i in range(C):
+                                same = load(x[i]) * scale[i] + scale[S + i] == largest
+                                w[TOTAL * S + i] += (each + (share if same else nil)) * scale[i]
                 if steps > 1:
                     for i in range(C):
-                        grad = total[i] + _of_space(load(x[i]), k0[i], k1[i], most[i], part[i], nil)
+                        value = load(x[i])
+                        grad = w[TOTAL * S + i] + w[CONSTANT * S + i] + w[SLOPE * S + i] * value
+                        grad += w[SHARE * S + i] if value == w[MOST * S + i] else nil
                         out[i] = store(grad, like)
-                        total[i] = nil
 
     return compiled(squeeze_backward)
 
@@ -160,7 +176,7 @@ def _squeeze_backward(dtype: torch.dtype, spaced: bool) -> Any:
 def _sum_and_largest(x, w, n, nil, least):  # type: ignore[no-untyped-def]
     total, most = nil, least
     for i in range(n):
-        value = load(x[i]) * w[i] + w[MAX_CHANNELS + i]
+        value = load(x[i]) * w[i] + w[STRIDE + i]
         total += value
         most = max(most, ordered(value))
     return total, most
@@ -168,34 +184,42 @@ def _sum_and_largest(x, w, n, nil, least):  # type: ignore[no-untyped-def]
 
 @reducing
 def _ties(x, w, n, largest, unit, nil):  # type: ignore[no-untyped-def]
-    ties = nil
+    """How many of each of four pixels' channels are its largest."""
+    x0, x1, x2, x3 = x
+    l0, l1, l2, l3 = largest
+    t0 = t1 = t2 = t3 = nil
     for i in range(n):
-        ties += unit if load(x[i]) * w[i] + w[MAX_CHANNELS + i] == largest else nil
-    return ties
+        scale, shift = w[i], w[STRIDE + i]
+        t0 += unit if load(x0[i]) * scale + shift == l0 else nil
+        t1 += unit if load(x1[i]) * scale + shift == l1 else nil
+        t2 += unit if load(x2[i]) * scale + shift == l2 else nil
+        t3 += unit if load(x3[i]) * scale + shift == l3 else nil
+    return t0, t1, t2, t3
 
 
 @functools.cache
 def _channels(dtype: torch.dtype) -> Any:
     item, wide, wide_size, wide_np, size = wide_types(dtype)
     least: Any = np.iinfo(np.int64).min if dtype == torch.float64 else np.int32(np.iinfo(np.int32).min)
-    W = MAX_CHANNELS
+    S = STRIDE
 
     def channels(begin, end, context):  # type: ignore[no-untyped-def]
-        a = carray(context, 20)
+        a = carray(context, ARGUMENTS)
         R, P, C, time_stride, row_stride = a[1], a[2], a[3], a[4], a[5]
-        w = np.empty(2 * W, wide_np)  # scale, shift
-        numbers = carray(pointer(a[19], wide), 2)
-        share, nil = numbers[0] / wide(C), numbers[1]
+        w = np.empty(2 * S, wide_np)  # scale, shift
+        numbers = carray(pointer(a[7], wide), 2)
+        unit, nil = numbers[0], numbers[1]
+        share = unit / wide(C)
         for job in range(begin, end):
             start = (job // R) * time_stride + (job % R) * row_stride
             for k in range(2):
-                given = carray(pointer(a[8 + k] + job * C * wide_size, wide), C)
+                given = carray(pointer(a[11 + k] + job * C * wide_size, wide), C)
                 for i in range(C):
-                    w[k * W + i] = given[i]
-            mean = carray(pointer(a[10] + job * P * wide_size, wide), P)
-            most = carray(pointer(a[11] + job * P * wide_size, wide), P)
+                    w[k * S + i] = given[i]
+            mean = carray(pointer(a[13] + job * P * wide_size, wide), P)
+            most = carray(pointer(a[14] + job * P * wide_size, wide), P)
             for p in range(P):
-                x = carray(pointer(a[7] + (start + p * C) * size, item), C)
+                x = carray(pointer(a[10] + (start + p * C) * size, item), C)
                 total, key = _sum_and_largest(x, w, C, nil, least)
                 mean[p] = total * share
                 most[p] = ordered(key)
@@ -206,39 +230,56 @@ def _channels(dtype: torch.dtype) -> Any:
 @functools.cache
 def _channels_backward(dtype: torch.dtype) -> Any:
     item, wide, wide_size, wide_np, size = wide_types(dtype)
-    W = MAX_CHANNELS
+    S = STRIDE
 
     def channels_backward(begin, end, context):  # type: ignore[no-untyped-def]
-        a = carray(context, 20)
+        a = carray(context, ARGUMENTS)
         R, P, C, time_stride, row_stride = a[1], a[2], a[3], a[4], a[5]
-        w = np.empty(4 * W, wide_np)  # scale, shift, their gradients
-        numbers = carray(pointer(a[19], wide), 2)
+        w = np.empty(4 * S, wide_np)  # scale, shift, their gradients
+        numbers = carray(pointer(a[7], wide), 2)
         unit, nil = numbers[0], numbers[1]
         for job in range(begin, end):
             start = (job // R) * time_stride + (job % R) * row_stride
             for k in range(2):
-                given = carray(pointer(a[8 + k] + job * C * wide_size, wide), C)
+                given = carray(pointer(a[11 + k] + job * C * wide_size, wide), C)
                 for i in range(C):
-                    w[k * W + i] = given[i]
-                    w[(2 + k) * W + i] = nil
-            grad_mean = carray(pointer(a[10] + job * P * wide_size, wide), P)
-            grad_most = carray(pointer(a[11] + job * P * wide_size, wide), P)
-            most = carray(pointer(a[12] + job * P * wide_size, wide), P)
-            shares = carray(pointer(a[13] + job * P * wide_size, wide), P)
-            for p in range(P):
-                x = carray(pointer(a[7] + (start + p * C) * size, item), C)
-                largest, each = most[p], grad_mean[p]
-                share = grad_most[p] / _ties(x, w, C, largest, unit, nil)
-                shares[p] = share
+                    w[k * S + i] = given[i]
+                    w[(2 + k) * S + i] = nil
+            each = carray(pointer(a[13] + job * P * wide_size, wide), P)
+            grad_most = carray(pointer(a[14] + job * P * wide_size, wide), P)
+            most = carray(pointer(a[15] + job * P * wide_size, wide), P)
+            shares = carray(pointer(a[16] + job * P * wide_size, wide), P)
+            for p in range(0, P, 4):  # four pixels at a time, so that the sums are read and written less often
+                # ... of which those beyond the image are the last one again, and count nothing
+                p1, p2, p3 = min(p + 1, P - 1), min(p + 2, P - 1), min(p + 3, P - 1)
+                x0 = carray(pointer(a[10] + (start + p * C) * size, item), C)
+                x1 = carray(pointer(a[10] + (start + p1 * C) * size, item), C)
+                x2 = carray(pointer(a[10] + (start + p2 * C) * size, item), C)
+                x3 = carray(pointer(a[10] + (start + p3 * C) * size, item), C)
+                l0, l1, l2, l3 = most[p], most[p1], most[p2], most[p3]
+                t0, t1, t2, t3 = _ties((x0, x1, x2, x3), w, C, (l0, l1, l2, l3), unit, nil)
+                s0, s1, s2, s3 = grad_most[p] / t0, grad_most[p1] / t1, grad_most[p2] / t2, grad_most[p3] / t3
+                shares[p], shares[p1], shares[p2], shares[p3] = s0, s1, s2, s3
+                e0, e1, e2, e3 = each[p], each[p1], each[p2], each[p3]
+                if p + 1 > P - 1:
+                    e1, s1 = nil, nil
+                if p + 2 > P - 1:
+                    e2, s2 = nil, nil
+                if p + 3 > P - 1:
+                    e3, s3 = nil, nil
                 for i in range(C):
-                    value = load(x[i])
-                    grad = each + (share if value * w[i] + w[W + i] == largest else nil)
-                    w[2 * W + i] += grad * value
-                    w[3 * W + i] += grad
+                    scale, shift = w[i], w[S + i]
+                    v0, v1, v2, v3 = load(x0[i]), load(x1[i]), load(x2[i]), load(x3[i])
+                    g0 = e0 + (s0 if v0 * scale + shift == l0 else nil)
+                    g1 = e1 + (s1 if v1 * scale + shift == l1 else nil)
+                    g2 = e2 + (s2 if v2 * scale + shift == l2 else nil)
+                    g3 = e3 + (s3 if v3 * scale + shift == l3 else nil)
+                    w[2 * S + i] += (g0 * v0 + g1 * v1) + (g2 * v2 + g3 * v3)
+                    w[3 * S + i] += (g0 + g1) + (g2 + g3)
             for k in range(2):
-                sums = carray(pointer(a[14 + k] + job * C * wide_size, wide), C)
+                sums = carray(pointer(a[17 + k] + job * C * wide_size, wide), C)
                 for i in range(C):
-                    sums[i] = w[(2 + k) * W + i]
+                    sums[i] = w[(2 + k) * S + i]
 
     return compiled(channels_backward)
 
@@ -252,30 +293,43 @@ def squeeze(layout: Layout, y: Tensor, sign: Tensor, out: tuple[Tensor, ...]) ->
 
 
 def squeeze_backward(
-    layout: Layout, y: Tensor, grad: Tensor, numbers: tuple[Tensor, ...], back: Tensor | None, out: Tensor
+    layout: Layout,
+    y: Tensor,
+    grad: Tensor,
+    numbers: tuple[Tensor, ...],
+    spaced: tuple[Tensor, ...] | None,
+    out: Tensor,
 ) -> None:
-    """Write the steps' sum of grad and `back`, + numbers[0] + numbers[1] Y, and + numbers[3] where Y is numbers[2]."""
-    function, steps = _squeeze_backward(y.dtype, back is not None), len(grad) // len(y)
-    each_image(function, layout, y, [None, y, grad, *numbers, back, out], (steps,))
+    """Write the sum over steps of grad, + numbers[0] + numbers[1] Y, and + numbers[3] where Y is numbers[2].
+
+    With `spaced`, (each, share, most, scale, shift), + scale (each + share where scale Y + shift is most), of as many
+    steps as grad has or one.
+    """
+    own = 0 if spaced is None else len(spaced[0]) // len(y)
+    function = _squeeze_backward(y.dtype, spaced is not None)
+    each_image(function, layout, y, [y, grad, *numbers, out, *(spaced or ())], (len(grad) // len(y), own))
 
 
 def channels(layout: Layout, y: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, most: Tensor) -> None:
     """Write the mean and the largest, over channels, of scale Y + shift."""
-    each_image(_channels(y.dtype), layout, y, [None, y, scale, shift, mean, most])
+    each_image(_channels(y.dtype), layout, y, [y, scale, shift, mean, most])
 
 
 def channels_backward(
     layout: Layout, y: Tensor, scale: Tensor, shift: Tensor, grads: tuple[Tensor, ...], out: tuple[Tensor, ...]
 ) -> None:
     """`grads`: of the sum, of the largest, and that one itself; `out`: the latter's share, scale's and shift's."""
-    each_image(_channels_backward(y.dtype), layout, y, [None, y, scale, shift, *grads, *out])
+    each_image(_channels_backward(y.dtype), layout, y, [y, scale, shift, *grads, *out])
 
 
 def each_image(
-    function: Any, layout: Layout, y: Tensor, tensors: list[Tensor | None], more: tuple[int, ...] = ()
+    function: Any, layout: Layout, y: Tensor, tensors: list[Tensor | None], steps: tuple[int, int] = (1, 0)
 ) -> None:
-    """Run a pass for every image at every step; a[6] and on is where the tensors are, and then `more`."""
-    numbers = torch.tensor([1, 0], dtype=torch.promote_types(y.dtype, torch.float32))
-    arguments = [*layout.numbers, *addresses(tensors), *more]
-    arguments += [0] * (19 - len(arguments)) + addresses([numbers])
-    run(function, layout.steps * layout.rows, arguments)
+    """Run a pass for every image at every step."""
+    numbers = [0, *addresses([_one_and_nil(torch.promote_types(y.dtype, torch.float32))]), *steps]
+    run(function, layout.steps * layout.rows, [*layout.numbers, *numbers, *addresses(tensors)])
+
+
+@functools.cache
+def _one_and_nil(dtype: torch.dtype) -> Tensor:
+    return torch.tensor([1, 0], dtype=dtype, device="cpu")
