@@ -293,6 +293,20 @@ def test_gradients_of_a_repeated_current_come_in_any_order_of_memory(order: str)
     torch.testing.assert_close(found, grad.sum(0, keepdim=True))
 
 
+@pytest.mark.parametrize("engine", ["numba", "triton"], indirect=True)
+def test_gates_are_in_float32_under_autocast_and_so_are_their_gradients(engine: str) -> None:
+    block = MASpec(kind="tcsa", reduction_t=2, reduction_c=2, kernel=3).build(4, 6)
+    y = torch.randn(4, 3, 5, 7, 6).movedim(-1, 2).requires_grad_()
+    leaves = [y, *block.parameters()]
+    expected = block(y)
+    grads = torch.autograd.grad(expected.square().sum(), leaves)
+    with torch.autocast(home(engine), torch.bfloat16):
+        found = block(y)
+        assert torch.equal(found, expected)
+        for a, b in zip(torch.autograd.grad(found.square().sum(), leaves), grads, strict=True):
+            torch.testing.assert_close(a, b)
+
+
 def test_gates_wider_than_the_currents() -> None:
     block = MASpec(kind="tcsa", reduction_t=2, reduction_c=2, kernel=3).build(4, 6)
     y = torch.randn(4, 3, 5, 7, 6).movedim(-1, 2)

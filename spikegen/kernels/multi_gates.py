@@ -49,17 +49,19 @@ class _Excited(NamedTuple):
 
 
 def _excite(both: Tensor, weights: tuple[Tensor, Tensor]) -> _Excited:
-    active = F.linear(both, weights[0]).relu_()
-    return _Excited(both, active, F.linear(active.sum(0), weights[1]).sigmoid_())
+    with torch.autocast(both.device.type, enabled=False):  # so small products take longer in bfloat16
+        active = F.linear(both, weights[0]).relu_()
+        return _Excited(both, active, F.linear(active.sum(0), weights[1]).sigmoid_())
 
 
 def _excite_backward(x: _Excited, weights: tuple[Tensor, Tensor], grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `both`, of W0 and of W1."""
-    grad = torch.ops.aten.sigmoid_backward(grad, x.gate).flatten(0, -2)
-    of_w1 = grad.T @ x.active.sum(0).flatten(0, -2)
-    hidden = torch.ops.aten.threshold_backward((grad @ weights[1]).expand(2, -1, -1), x.active.flatten(1, -2), 0)
-    hidden = hidden.flatten(0, 1)
-    return (hidden @ weights[0]).view_as(x.both), hidden.T @ x.both.flatten(0, -2), of_w1
+    with torch.autocast(grad.device.type, enabled=False):
+        grad = torch.ops.aten.sigmoid_backward(grad, x.gate).flatten(0, -2)
+        of_w1 = grad.T @ x.active.sum(0).flatten(0, -2)
+        hidden = torch.ops.aten.threshold_backward((grad @ weights[1]).expand(2, -1, -1), x.active.flatten(1, -2), 0)
+        hidden = hidden.flatten(0, 1)
+        return (hidden @ weights[0]).view_as(x.both), hidden.T @ x.both.flatten(0, -2), of_w1
 
 
 class _Gate(torch.autograd.Function):
@@ -88,27 +90,26 @@ class _Gate(torch.autograd.Function):
         both = torch.stack([squeezed.mean.to(wide), squeezed.most])
         x, scale, shift = torch.addcmul(s, both, a), a, s
         time = channel = places = None
-        with torch.autocast(y.device.type, enabled=False):  # so small products take longer in bfloat16
-            if time0 is not None and time1 is not None:
-                z = torch.stack([x[0].mean(2), x[1].amax(2)]).expand(2, steps, batch).transpose(1, 2)
-                excited = _excite(z, (_as(time0, wide), _as(time1, wide)))
-                g = excited.gate.T.unsqueeze(2)
-                time = x, excited, g
-                x, scale, shift = x * g, a * g, s * g
-            if channel0 is not None and channel1 is not None:
-                z = x if per_step else torch.stack([x[0].mean(0, True), x[1].amax(0, True)])
-                excited = _excite(z, (_as(channel0, wide), _as(channel1, wide)))
-                channel = x, excited, scale, shift
-                scale, shift = scale * excited.gate, shift * excited.gate
-            scale, shift = (k.expand(own, batch, channels).contiguous() for k in (scale, shift))
-            if kernel is not None:
-                mean = scale.new_empty(own, batch, 1, *y.shape[3:])
-                most = torch.empty_like(mean)
-                expanded = y.expand(own, *y.shape[1:])
-                squeezes(y).channels(layout_of(expanded), expanded, scale, shift, mean, most)
-                of_all = (mean, most) if per_step else (mean.mean(0, True), most.amax(0, True))
-                places = _convolve(*of_all, _as(kernel, wide)).sigmoid_()
-                ctx.space = most, *of_all
+        if time0 is not None and time1 is not None:
+            z = torch.stack([x[0].mean(2), x[1].amax(2)]).expand(2, steps, batch).transpose(1, 2)
+            excited = _excite(z, (_as(time0, wide), _as(time1, wide)))
+            g = excited.gate.T.unsqueeze(2)
+            time = x, excited, g
+            x, scale, shift = x * g, a * g, s * g
+        if channel0 is not None and channel1 is not None:
+            z = x if per_step else torch.stack([x[0].mean(0, True), x[1].amax(0, True)])
+            excited = _excite(z, (_as(channel0, wide), _as(channel1, wide)))
+            channel = x, excited, scale, shift
+            scale, shift = scale * excited.gate, shift * excited.gate
+        scale, shift = (k.expand(own, batch, channels).contiguous() for k in (scale, shift))
+        if kernel is not None:
+            mean = scale.new_empty(own, batch, 1, *y.shape[3:])
+            most = torch.empty_like(mean)
+            expanded = y.expand(own, *y.shape[1:])
+            squeezes(y).channels(layout_of(expanded), expanded, scale, shift, mean, most)
+            of_all = (mean, most) if per_step else (mean.mean(0, True), most.amax(0, True))
+            places = _convolve(*of_all, _as(kernel, wide)).sigmoid_()
+            ctx.space = most, *of_all
         ctx.save_for_backward(y, time0, time1, channel0, channel1, kernel, scale, shift, places)
         ctx.small = both, squeezed.ties, a, s, time, channel, norm and (norm.weight.detach(), *norm[2:])
         ctx.rest = steps, own
@@ -205,7 +206,8 @@ def _convolve(mean: Tensor, most: Tensor, weight: Tensor) -> Tensor:
         out = torch.empty_like(mean)
         code("conv_numba").convolve(_flat(mean, most), weight[0].contiguous(), out.flatten(0, 2))
         return out
-    return F.conv2d(_stacked(mean, most), weight, padding=weight.shape[-1] // 2).unflatten(0, mean.shape[:2])
+    with torch.autocast(mean.device.type, enabled=False):
+        return F.conv2d(_stacked(mean, most), weight, padding=weight.shape[-1] // 2).unflatten(0, mean.shape[:2])
 
 
 def _convolve_backward(mean: Tensor, most: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
