@@ -62,9 +62,19 @@ def _read_atis(path: Path) -> Events:
 
 
 def _read_aedat4(path: Path) -> Events:
-    """CIFAR10-DVS's .aedat4: x, y, polarity and microseconds."""
+    """CIFAR10-DVS's .aedat4: x, y, polarity and microseconds; alone among the formats it says the sensor's size."""
+    from aedat import Decoder
     from tonic.io import read_aedat4
 
+    streams = sorted(
+        (k, stream) for k, stream in Decoder(str(path)).id_to_stream().items() if stream["type"] == "events"
+    )
+    size, sensor = (streams[0][1]["width"], streams[0][1]["height"]), SETS["cifar10_dvs"].sensor
+    if size != sensor:
+        raise UserError(
+            f"{path}: of a sensor of {size[0]}x{size[1]} pixels; CIFAR10-DVS was recorded with one of "
+            f"{sensor[0]}x{sensor[1]}: put the published file there"
+        )
     return _fields(read_aedat4(str(path)))
 
 

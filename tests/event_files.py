@@ -27,10 +27,10 @@ def write_atis(path: Path, events: Events) -> None:
     path.write_bytes(np.stack([events.x, events.y, word >> 16, word >> 8, word], axis=1).astype(np.uint8).tobytes())
 
 
-def write_aedat4(path: Path, events: Events, packet: int = 40) -> None:
+def write_aedat4(path: Path, events: Events, packet: int = 40, size: tuple[int, int] = (128, 128)) -> None:
     """CIFAR10-DVS: uncompressed AEDAT 4, the events in packets; its tables are FlatBuffers."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = b"#!AER-DAT4.0\r\n" + _aedat4_header()
+    content = b"#!AER-DAT4.0\r\n" + _aedat4_header(*size)
     for k in range(0, len(events.t), packet):
         body = _aedat4_packet(Events(*(column[k : k + packet] for column in events)))
         content += struct.pack("<ii", 0, len(body)) + body  # of stream 0
@@ -41,13 +41,13 @@ def _sized(body: bytes) -> bytes:
     return struct.pack("<I", len(body)) + body
 
 
-def _aedat4_header() -> bytes:
+def _aedat4_header(width: int, height: int) -> bytes:
     """Table of compression (none), position of the data table (none) and the streams, in XML."""
     xml = (
         b'<dv version="2.0"><node name="outInfo"><node name="0"><attr key="compression" type="string">NONE</attr>'
-        b'<attr key="typeIdentifier" type="string">EVTS</attr><node name="info"><attr key="sizeX" type="int">128</attr>'
-        b'<attr key="sizeY" type="int">128</attr></node></node></node></dv>'
-    )
+        b'<attr key="typeIdentifier" type="string">EVTS</attr><node name="info"><attr key="sizeX" type="int">%d</attr>'
+        b'<attr key="sizeY" type="int">%d</attr></node></node></node></dv>'
+    ) % (width, height)
     start = struct.pack("<I4s", 20, b"IOHE") + struct.pack("<6H", 10, 24, 4, 16, 8, 0)
     return _sized(start + struct.pack("<iiIIq", 12, 0, 16, 0, -1) + _sized(xml) + b"\0")
 

@@ -233,6 +233,16 @@ def test_an_impossible_recording_is_named(name: str, tmp_path: Path) -> None:
     mistake(lambda: load(name, tmp_path, "test"), str(path))
 
 
+@pytest.mark.parametrize("size", [(64, 64), (240, 180)])
+def test_a_file_that_says_another_sensor_is_named(size: tuple[int, int], tmp_path: Path) -> None:
+    pytest.importorskip("aedat")
+    path = next(iter(made("cifar10_dvs", tmp_path)))
+    write_aedat4(path, random_events(60, 64, 64), size=size)
+    mistake(
+        lambda: [load("cifar10_dvs", tmp_path, split) for split in CUTS], str(path), "{}x{}".format(*size), "128x128"
+    )
+
+
 def test_an_empty_recording_is_named(tmp_path: Path) -> None:
     path = next(iter(made("n_mnist", tmp_path)))
     path.write_bytes(b"")
