@@ -80,6 +80,7 @@ def grade(
     predicted, labels = over_clips(logits, test.clips).argmax(1), test.labels[:: test.clips]
     counts = confusion(predicted, labels, len(model.classes))
     settings = {
+        "protocol": "spikegen",
         "reference": config.data.name,
         "split": "test",
         "num_real": len(labels),

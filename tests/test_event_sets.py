@@ -39,13 +39,13 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tonic")
 
 
-def made(name: str, root: Path, each: int = 2) -> dict[Path, Events]:
-    """`each` recordings of every class in every folder of the set."""
+def made(name: str, root: Path, each: int = 2, count: int = 97) -> dict[Path, Events]:
+    """`each` recordings, of `count` events, of every class in every folder of the set."""
     kind, written = SETS[name], {}
     for folder in sorted({root / kind.tonic / folder for folder in kind.folders.values()}):
         for label, k in itertools.product(kind.labels, range(each)):
             file = f"user{k + 1:02d}_led/{label}.npy" if name == "dvs128_gesture" else f"{label}/{k:05d}{kind.suffix}"
-            written[folder / file] = random_events(97, *kind.sensor)
+            written[folder / file] = random_events(count, *kind.sensor)
             WRITERS[name](folder / file, written[folder / file])
     return written
 
