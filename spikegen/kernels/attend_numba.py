@@ -40,13 +40,13 @@ def _attend(dtype: torch.dtype, spaced: bool, relu: bool) -> Any:
         for job in range(begin, end):
             start = (job // R) * time_stride + (job % R) * row_stride
             for k in range(2):
-                given = carray(pointer(a[11 + k] + job * C * wide_size, wide), C)
+                given = carray(pointer(a[10 + k] + job * C * wide_size, wide), C)
                 for i in range(C):
                     w[k * W + i] = given[i]
-            gates = carray(pointer(a[13] + (job * P * wide_size if spaced else 0), wide), P if spaced else 1)
+            gates = carray(pointer(a[12] + (job * P * wide_size if spaced else 0), wide), P if spaced else 1)
             for p in range(P):
-                x = carray(pointer(a[10] + (start + p * C) * size, item), C)
-                out = carray(pointer(a[14] + (job * P + p) * C * size, item), C)
+                x = carray(pointer(a[9] + (start + p * C) * size, item), C)
+                out = carray(pointer(a[13] + (job * P + p) * C * size, item), C)
                 gate = gates[p] if spaced else unit
                 for i in range(C):
                     value = load(x[i]) * w[i] + w[W + i]
@@ -74,17 +74,17 @@ def _attend_backward(dtype: torch.dtype, spaced: bool, relu: bool) -> Any:
         for job in range(begin, end):
             start = (job // R) * time_stride + (job % R) * row_stride
             for k in range(2):
-                given = carray(pointer(a[11 + k] + job * C * wide_size, wide), C)
+                given = carray(pointer(a[10 + k] + job * C * wide_size, wide), C)
                 for i in range(C):
                     w[k * W + i] = given[i]
                     w[(2 + k) * W + i] = nil
-            gates = carray(pointer(a[13] + (job * P * wide_size if spaced else 0), wide), P if spaced else 1)
-            grad_gates = carray(pointer(a[14] + (job * P * wide_size if spaced else 0), wide), P if spaced else 1)
+            gates = carray(pointer(a[12] + (job * P * wide_size if spaced else 0), wide), P if spaced else 1)
+            grad_gates = carray(pointer(a[13] + (job * P * wide_size if spaced else 0), wide), P if spaced else 1)
             products = w[5 * W : 6 * W]
             for p in range(P):
-                x = carray(pointer(a[10] + (start + p * C) * size, item), C)
-                g = carray(pointer(a[15] + (job * P + p) * C * size, item), C)
-                out = carray(pointer(a[16] + (job * P + p) * C * size, item), C)
+                x = carray(pointer(a[9] + (start + p * C) * size, item), C)
+                g = carray(pointer(a[14] + (job * P + p) * C * size, item), C)
+                out = carray(pointer(a[15] + (job * P + p) * C * size, item), C)
                 gate = gates[p] if spaced else unit
                 for i in range(C):
                     grad = load(g[i])
@@ -104,7 +104,7 @@ def _attend_backward(dtype: torch.dtype, spaced: bool, relu: bool) -> Any:
                 if spaced:
                     grad_gates[p] = _total(products, C, nil)
             for k in range(2):
-                sums = carray(pointer(a[17 + k] + job * C * wide_size, wide), C)
+                sums = carray(pointer(a[16 + k] + job * C * wide_size, wide), C)
                 for i in range(C):
                     sums[i] = w[(2 + k) * W + i]
 

@@ -41,7 +41,7 @@ def wide_types(dtype: torch.dtype) -> tuple[Any, Any, int, Any, int]:
     return ITEM[dtype], wide[0], wide[2], wide[1], dtype.itemsize
 
 
-# The context of every pass: sizes and strides (6), none, where (1, 0) is, steps, those of `spaced`, then tensors.
+# The context of every pass: sizes and strides (6), steps, where (1, 0) is, steps of `spaced`, then the tensors.
 
 
 @functools.cache
@@ -54,7 +54,7 @@ def _squeeze(dtype: torch.dtype) -> Any:
     def squeeze(begin, end, context):  # type: ignore[no-untyped-def]
         a = carray(context, ARGUMENTS)
         R, P, C, time_stride, row_stride = a[1], a[2], a[3], a[4], a[5]
-        sign = carray(pointer(a[10], wide), C)
+        sign = carray(pointer(a[9], wide), C)
         sums = np.empty(2 * S, np.float64)
         w = np.empty(ALL * S, wide_np)
         numbers = carray(pointer(a[7], wide), 2)
@@ -69,7 +69,7 @@ def _squeeze(dtype: torch.dtype) -> Any:
                 w[MOST * S + i] = -np.inf
                 w[TIES * S + i] = nil
             for p in range(0, P - 3, 4):  # see `four_sums` for why four
-                x = carray(pointer(a[11] + (start + p * C) * size, item), 4 * C)
+                x = carray(pointer(a[10] + (start + p * C) * size, item), 4 * C)
                 x0, x1, x2, x3 = x[:C], x[C : 2 * C], x[2 * C : 3 * C], x[3 * C :]
                 four_sums(x0, x1, x2, x3, sums, S, C, half)
                 for i in range(C):
@@ -85,7 +85,7 @@ def _squeeze(dtype: torch.dtype) -> Any:
                     w[TIES * S + i] = ties
                     w[MOST * S + i] = most
             for p in range(P // 4 * 4, P):
-                x = carray(pointer(a[11] + (start + p * C) * size, item), C)
+                x = carray(pointer(a[10] + (start + p * C) * size, item), C)
                 for i in range(C):
                     exact = np.float64(load(x[i]))
                     sums[i] += exact
@@ -97,11 +97,11 @@ def _squeeze(dtype: torch.dtype) -> Any:
                     w[TIES * S + i] = ties + (unit if value == most else nil)
                     w[MOST * S + i] = most
             for k in range(2):
-                out = carray(pointer(a[12 + k] + job * C * 8, types.float64), C)
+                out = carray(pointer(a[11 + k] + job * C * 8, types.float64), C)
                 for i in range(C):
                     out[i] = sums[k * S + i] / P
-            most_out = carray(pointer(a[14] + job * C * wide_size, wide), C)
-            ties_out = carray(pointer(a[15] + job * C * wide_size, wide), C)
+            most_out = carray(pointer(a[13] + job * C * wide_size, wide), C)
+            ties_out = carray(pointer(a[14] + job * C * wide_size, wide), C)
             for i in range(C):
                 most_out[i] = w[MOST * S + i] * w[SIGN * S + i]
                 ties_out[i] = w[TIES * S + i]
@@ -119,31 +119,31 @@ def _squeeze_backward(dtype: torch.dtype, spaced: bool) -> Any:
     def squeeze_backward(begin, end, context):  # type: ignore[no-untyped-def]
         a = carray(context, ARGUMENTS)
         R, P, C, time_stride, row_stride = a[1], a[2], a[3], a[4], a[5]
-        steps, own = a[8], a[9]
+        steps, own = a[6], a[8]
         w = np.empty((SPACED + 2 * own) * S, wide_np)  # the last: scale and shift of every step
         nil = carray(pointer(a[7], wide), 2)[1]
         for job in range(begin, end):
             start = (job // R) * time_stride + (job % R) * row_stride
             for k in range(4):
-                given = carray(pointer(a[12 + k] + job * C * wide_size, wide), C)
+                given = carray(pointer(a[11 + k] + job * C * wide_size, wide), C)
                 for i in range(C):
                     w[k * S + i] = given[i]
             for s in range(own):
                 for k in range(2):
-                    given = carray(pointer(a[20 + k] + (s * R + job) * C * wide_size, wide), C)
+                    given = carray(pointer(a[19 + k] + (s * R + job) * C * wide_size, wide), C)
                     for i in range(C):
                         w[(SPACED + 2 * s + k) * S + i] = given[i]
             for p in range(P):
-                x = carray(pointer(a[10] + (start + p * C) * size, item), C)
-                out = carray(pointer(a[16] + (job * P + p) * C * size, item), C)
+                x = carray(pointer(a[9] + (start + p * C) * size, item), C)
+                out = carray(pointer(a[15] + (job * P + p) * C * size, item), C)
                 for s in range(steps):  # more than one are those of currents that serve all of them
                     pixel = (s * R + job) * P + p
-                    g = carray(pointer(a[11] + pixel * C * size, item), C)
+                    g = carray(pointer(a[10] + pixel * C * size, item), C)
                     each, share, largest, scale = nil, nil, nil, w
                     if spaced and s < own:
-                        each = carray(pointer(a[17] + pixel * wide_size, wide), 1)[0]
-                        share = carray(pointer(a[18] + pixel * wide_size, wide), 1)[0]
-                        largest = carray(pointer(a[19] + pixel * wide_size, wide), 1)[0]
+                        each = carray(pointer(a[16] + pixel * wide_size, wide), 1)[0]
+                        share = carray(pointer(a[17] + pixel * wide_size, wide), 1)[0]
+                        largest = carray(pointer(a[18] + pixel * wide_size, wide), 1)[0]
                         scale = w[(SPACED + 2 * s) * S :]
                     if steps == 1:
                         for i in range(C):
@@ -213,13 +213,13 @@ def _channels(dtype: torch.dtype) -> Any:
         for job in range(begin, end):
             start = (job // R) * time_stride + (job % R) * row_stride
             for k in range(2):
-                given = carray(pointer(a[11 + k] + job * C * wide_size, wide), C)
+                given = carray(pointer(a[10 + k] + job * C * wide_size, wide), C)
                 for i in range(C):
                     w[k * S + i] = given[i]
-            mean = carray(pointer(a[13] + job * P * wide_size, wide), P)
-            most = carray(pointer(a[14] + job * P * wide_size, wide), P)
+            mean = carray(pointer(a[12] + job * P * wide_size, wide), P)
+            most = carray(pointer(a[13] + job * P * wide_size, wide), P)
             for p in range(P):
-                x = carray(pointer(a[10] + (start + p * C) * size, item), C)
+                x = carray(pointer(a[9] + (start + p * C) * size, item), C)
                 total, key = _sum_and_largest(x, w, C, nil, least)
                 mean[p] = total * share
                 most[p] = ordered(key)
@@ -241,21 +241,21 @@ def _channels_backward(dtype: torch.dtype) -> Any:
         for job in range(begin, end):
             start = (job // R) * time_stride + (job % R) * row_stride
             for k in range(2):
-                given = carray(pointer(a[11 + k] + job * C * wide_size, wide), C)
+                given = carray(pointer(a[10 + k] + job * C * wide_size, wide), C)
                 for i in range(C):
                     w[k * S + i] = given[i]
                     w[(2 + k) * S + i] = nil
-            each = carray(pointer(a[13] + job * P * wide_size, wide), P)
-            grad_most = carray(pointer(a[14] + job * P * wide_size, wide), P)
-            most = carray(pointer(a[15] + job * P * wide_size, wide), P)
-            shares = carray(pointer(a[16] + job * P * wide_size, wide), P)
+            each = carray(pointer(a[12] + job * P * wide_size, wide), P)
+            grad_most = carray(pointer(a[13] + job * P * wide_size, wide), P)
+            most = carray(pointer(a[14] + job * P * wide_size, wide), P)
+            shares = carray(pointer(a[15] + job * P * wide_size, wide), P)
             for p in range(0, P, 4):  # four pixels at a time, so that the sums are read and written less often
                 # ... of which those beyond the image are the last one again, and count nothing
                 p1, p2, p3 = min(p + 1, P - 1), min(p + 2, P - 1), min(p + 3, P - 1)
-                x0 = carray(pointer(a[10] + (start + p * C) * size, item), C)
-                x1 = carray(pointer(a[10] + (start + p1 * C) * size, item), C)
-                x2 = carray(pointer(a[10] + (start + p2 * C) * size, item), C)
-                x3 = carray(pointer(a[10] + (start + p3 * C) * size, item), C)
+                x0 = carray(pointer(a[9] + (start + p * C) * size, item), C)
+                x1 = carray(pointer(a[9] + (start + p1 * C) * size, item), C)
+                x2 = carray(pointer(a[9] + (start + p2 * C) * size, item), C)
+                x3 = carray(pointer(a[9] + (start + p3 * C) * size, item), C)
                 l0, l1, l2, l3 = most[p], most[p1], most[p2], most[p3]
                 t0, t1, t2, t3 = _ties((x0, x1, x2, x3), w, C, (l0, l1, l2, l3), unit, nil)
                 s0, s1, s2, s3 = grad_most[p] / t0, grad_most[p1] / t1, grad_most[p2] / t2, grad_most[p3] / t3
@@ -277,7 +277,7 @@ def _channels_backward(dtype: torch.dtype) -> Any:
                     w[2 * S + i] += (g0 * v0 + g1 * v1) + (g2 * v2 + g3 * v3)
                     w[3 * S + i] += (g0 + g1) + (g2 + g3)
             for k in range(2):
-                sums = carray(pointer(a[17 + k] + job * C * wide_size, wide), C)
+                sums = carray(pointer(a[16 + k] + job * C * wide_size, wide), C)
                 for i in range(C):
                     sums[i] = w[(2 + k) * S + i]
 
@@ -326,8 +326,9 @@ def each_image(
     function: Any, layout: Layout, y: Tensor, tensors: list[Tensor | None], steps: tuple[int, int] = (1, 0)
 ) -> None:
     """Run a pass for every image at every step."""
-    numbers = [0, *addresses([_one_and_nil(torch.promote_types(y.dtype, torch.float32))]), *steps]
-    run(function, layout.steps * layout.rows, [*layout.numbers, *numbers, *addresses(tensors)])
+    one_and_nil = _one_and_nil(torch.promote_types(y.dtype, torch.float32)).data_ptr()
+    numbers = [*layout.numbers, steps[0], one_and_nil, steps[1]]
+    run(function, layout.steps * layout.rows, [*numbers, *addresses(tensors)])
 
 
 @functools.cache
