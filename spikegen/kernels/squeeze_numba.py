@@ -114,13 +114,13 @@ def _squeeze_backward(dtype: torch.dtype, spaced: bool) -> Any:
     item, wide, wide_size, wide_np, size = wide_types(dtype)
     like = ONE[dtype]
     S = STRIDE
-    CONSTANT, SLOPE, MOST, SHARE, TOTAL, SPACED = range(6)
+    CONSTANT, SLOPE, MOST, SHARE, SCALE, SHIFT, TOTAL, ALL = range(8)
 
     def squeeze_backward(begin, end, context):  # type: ignore[no-untyped-def]
         a = carray(context, ARGUMENTS)
         R, P, C, time_stride, row_stride = a[1], a[2], a[3], a[4], a[5]
         steps, own = a[6], a[8]
-        w = np.empty((SPACED + 2 * own) * S, wide_np)  # the last: scale and shift of every step
+        w = np.empty(ALL * S, wide_np)
         nil = carray(pointer(a[7], wide), 2)[1]
         for job in range(begin, end):
             start = (job // R) * time_stride + (job % R) * row_stride
@@ -128,39 +128,39 @@ def _squeeze_backward(dtype: torch.dtype, spaced: bool) -> Any:
                 given = carray(pointer(a[11 + k] + job * C * wide_size, wide), C)
                 for i in range(C):
                     w[k * S + i] = given[i]
-            for s in range(own):
-                for k in range(2):
-                    given = carray(pointer(a[19 + k] + (s * R + job) * C * wide_size, wide), C)
-                    for i in range(C):
-                        w[(SPACED + 2 * s + k) * S + i] = given[i]
+            for k in range(2 if own == 1 else 0):
+                given = carray(pointer(a[19 + k] + job * C * wide_size, wide), C)
+                for i in range(C):
+                    w[(SCALE + k) * S + i] = given[i]
             for p in range(P):
                 x = carray(pointer(a[9] + (start + p * C) * size, item), C)
                 out = carray(pointer(a[15] + (job * P + p) * C * size, item), C)
                 for s in range(steps):  # more than one are those of currents that serve all of them
                     pixel = (s * R + job) * P + p
                     g = carray(pointer(a[10] + pixel * C * size, item), C)
-                    each, share, largest, scale = nil, nil, nil, w
+                    each, share, largest = nil, nil, nil
                     if spaced and s < own:
                         each = carray(pointer(a[16] + pixel * wide_size, wide), 1)[0]
                         share = carray(pointer(a[17] + pixel * wide_size, wide), 1)[0]
                         largest = carray(pointer(a[18] + pixel * wide_size, wide), 1)[0]
-                        scale = w[(SPACED + 2 * s) * S :]
                     if steps == 1:
                         for i in range(C):
                             value = load(x[i])
                             grad = load(g[i]) + w[CONSTANT * S + i] + w[SLOPE * S + i] * value
                             grad += w[SHARE * S + i] if value == w[MOST * S + i] else nil
                             if spaced:
-                                same = value * scale[i] + scale[S + i] == largest
-                                grad += (each + (share if same else nil)) * scale[i]
+                                same = value * w[SCALE * S + i] + w[SHIFT * S + i] == largest
+                                grad += (each + (share if same else nil)) * w[SCALE * S + i]
                             out[i] = store(grad, like)
                     else:
                         for i in range(C):
                             before = w[TOTAL * S + i] if s > 0 else nil
                             w[TOTAL * S + i] = before + load(g[i])
                         if spaced and s < own:
+                            scale = carray(pointer(a[19] + (s * R + job) * C * wide_size, wide), C)
+                            shift = carray(pointer(a[20] + (s * R + job) * C * wide_size, wide), C)
                             for i in range(C):
-                                same = load(x[i]) * scale[i] + scale[S + i] == largest
+                                same = load(x[i]) * scale[i] + shift[i] == largest
                                 w[TOTAL * S + i] += (each + (share if same else nil)) * scale[i]
                 if steps > 1:
                     for i in range(C):
