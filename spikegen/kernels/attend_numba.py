@@ -12,9 +12,9 @@ import torch
 from numba import carray
 from torch import Tensor
 
+from spikegen.kernels.images_numba import MAX_CHANNELS, each_image, wide_types
 from spikegen.kernels.layout import Layout
 from spikegen.kernels.numba_tools import ARGUMENTS, ONE, compiled, load, pointer, reducing, store
-from spikegen.kernels.squeeze_numba import MAX_CHANNELS, each_image, wide_types
 
 
 @reducing

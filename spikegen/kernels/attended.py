@@ -50,10 +50,9 @@ class _Scan(torch.autograd.Function):
         _, layout, constants = fused.arrange(y, None, beta, threshold, len(y), engine)
         spikes, rate = fused.outputs(y, layout, True, y.dtype)
         counts = constants.new_empty(layout.steps, layout.rows, layout.lanes)
-        scaling = torch.stack([layout.rate_to_lanes(scale), layout.rate_to_lanes(shift)])  # [2, T, rows, lanes]
-        module(engine).forward(layout, y, constants, zero, False, spikes, counts, scaling, gate)
+        module(engine).forward(layout, y, constants, zero, False, spikes, counts, (scale, shift, gate))
         rate.copy_(layout.rate_from_lanes(counts)).div_(y[0, 0, 0].numel())
-        ctx.save_for_backward(y, scaling, gate, beta, threshold)
+        ctx.save_for_backward(y, scale, shift, gate, beta, threshold)
         ctx.rest = zero, surrogate, engine
         ctx.set_materialize_grads(False)
         return spikes, rate
@@ -61,21 +60,22 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, grad_rate: Tensor | None) -> Any:
-        y, scaling, gate, beta, threshold = ctx.saved_tensors
+        y, scale, shift, gate, beta, threshold = ctx.saved_tensors
         zero, surrogate, engine = ctx.rest
         y = kept(y)
         _, layout, constants = fused.arrange(y, None, beta, threshold, len(y), engine)
         grad = torch.zeros_like(y) if grad is None else grad.to(y.dtype)
         share = None if grad_rate is None else layout.rate_to_lanes(grad_rate / y[0, 0, 0].numel())
         learnt = ctx.needs_input_grad[4] or ctx.needs_input_grad[5]
-        out, of_scaling, of_gate = layout.empty(y, len(y)), torch.empty_like(scaling), None
+        out, of_gate = layout.empty(y, len(y)), None
+        of_scale, of_shift = torch.empty_like(scale), torch.empty_like(shift)
         if gate is not None:  # a part from every block of lanes
             of_gate = gate.new_empty(-(-layout.lanes // module(engine).TILE), *gate.shape)
         sums = module(engine).backward(
             *(layout, y, constants, zero, False, surrogate),
-            *(layout.dense(grad), share, None, out, learnt, learnt, scaling, gate, (of_scaling, of_gate)),
+            *(layout.dense(grad), share, None, out, learnt, learnt),
+            *((scale, shift, gate), (of_scale, of_shift, of_gate)),
         )
-        of_scale, of_shift = (layout.rate_from_lanes(k) for k in of_scaling)
         constant = (None, None) if sums is None else map(layout.from_lanes, sums[2:], (beta, threshold))
         if of_gate is not None:
             of_gate = of_gate[0] if len(of_gate) == 1 else of_gate.sum(0)

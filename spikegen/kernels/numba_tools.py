@@ -19,7 +19,10 @@ from torch import Tensor
 WIDTH = 512
 """Lanes of a block, and that places are merged up to: many vectors, but few enough to stay in the cache."""
 
-ARGUMENTS = 24
+STRIDE = WIDTH + 48
+"""From one part of a scratch to the next: no multiple of 2 KiB, at which the first cache takes one for another."""
+
+ARGUMENTS = 32
 """That a pass is given at most."""
 
 CHUNKS = 16
@@ -124,12 +127,20 @@ def four_sums(x0, x1, x2, x3, sums, stride, n, half):  # type: ignore[no-untyped
 
 
 @inlined
-def to_lanes(gates: Any, lanes: Any, channels: int) -> None:
+def pixels_to_lanes(gates: Any, lanes: Any, channels: int) -> None:
     """Write the gate of every pixel for each of its channels."""
     for k in range(len(gates)):
         gate = gates[k]
         for i in range(channels):
             lanes[k * channels + i] = gate
+
+
+@inlined
+def channels_to_lanes(given: Any, lanes: Any, tile: int) -> None:
+    """Write the number of every channel for each of `tile` pixels."""
+    for k in range(tile):
+        for i in range(len(given)):
+            lanes[k * len(given) + i] = given[i]
 
 
 # ---- the passes, as functions of (first item, last item, arguments) for torch's thread pool --------------------------
@@ -170,6 +181,16 @@ def run(function: Any, jobs: int, arguments: list[int]) -> None:
     context = np.array(arguments + [0] * (ARGUMENTS - len(arguments)), np.int64)
     if jobs and pool()(0, jobs, 1, function.address, context.ctypes.data):
         raise RuntimeError("torch's thread pool failed")
+
+
+def one_and_nil(dtype: torch.dtype) -> int:
+    """Where a one and a zero lie, for passes whose code is not to hold constants of a wider type."""
+    return _one_and_nil(dtype).data_ptr()
+
+
+@functools.cache
+def _one_and_nil(dtype: torch.dtype) -> Tensor:
+    return torch.tensor([1, 0], dtype=dtype, device="cpu")
 
 
 def cut(rows: int, lanes: int) -> tuple[int, int, int]:
