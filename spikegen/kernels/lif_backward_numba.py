@@ -14,14 +14,15 @@ from spikegen.kernels.numba_tools import (
     ONE,
     STRIDE,
     WIDTH,
+    address,
     channels_to_lanes,
     compiled,
     inlined,
     load,
     pixels_to_lanes,
     pointer,
-    reducing,
     store,
+    total,
 )
 
 
@@ -42,14 +43,6 @@ def _derivative(kind: int, v: float, one: float, a: float, b: float, c: float) -
     if kind == 4:  # rectangle
         return a if abs(v - c) < b else one - one
     return one  # straight through
-
-
-@reducing
-def _gate_gradient(grad: Any, y: Any, scale: Any, shift: Any, n: int, nil: Any) -> Any:
-    total = nil
-    for i in range(n):
-        total += grad[i] * (y[i] * scale[i] + shift[i])
-    return total
 
 
 @functools.cache
@@ -87,6 +80,8 @@ def backward_pass(
         image_sums = np.empty(2 * T * S if scaled else 1, wide_np)  # dL/dscale, dL/dshift of an image at every step
         w = np.empty(ALL * S, wide_np)
         mems = np.empty((T + 1) * S, wide_np)  # U[-1] = 0, U[0], ..., U[T-1]
+        w_at, scales_at, image_sums_at = address(w), address(scales), address(image_sums)
+        gate_of_lanes = carray(pointer(w_at + GATE * S * wide_size, wide), W)
         numbers = carray(pointer(a[15], wide), 6)
         unit, c0, c1, c2, nil = numbers[0], numbers[1], numbers[2], numbers[3], numbers[5]
         for job in range(begin, end):
@@ -107,7 +102,7 @@ def backward_pass(
                     for k in range(2 * T):
                         at = ((k % T * R + r) * C + first) * wide_size
                         given = carray(pointer(a[17 + k // T] + at, wide), n // tile)
-                        channels_to_lanes(given, scales[k * S : (k + 1) * S], tile)
+                        channels_to_lanes(given, carray(pointer(scales_at + k * S * wide_size, wide), n), tile)
                 for p in range(P):
                     place = p * L + first
                     # ---- the membranes again, from the currents
@@ -118,10 +113,11 @@ def backward_pass(
                         mem_t = mems[(t + 1) * S : (t + 2) * S]
                         x = carray(pointer(a[9] + (t * time_stride + r * row_stride + place) * size, item), n)
                         if scaled:
-                            scale, shift = scales[t * S : (t + 1) * S], scales[(T + t) * S : (T + t + 1) * S]
+                            scale = carray(pointer(scales_at + t * S * wide_size, wide), n)
+                            shift = carray(pointer(scales_at + (T + t) * S * wide_size, wide), n)
                             if placed:
                                 gates = carray(pointer(a[19] + ((t * R + r) * P + p) * tile * wide_size, wide), tile)
-                                pixels_to_lanes(gates, w[GATE * S : ALL * S], n // tile)
+                                pixels_to_lanes(gates, gate_of_lanes, n // tile)
                             for i in range(n):
                                 value = (load(x[i]) * scale[i] + shift[i]) * w[GATE * S + i]
                                 w[CURRENT * S + i] = load(store(value, like))
@@ -182,26 +178,28 @@ def backward_pass(
                             else:
                                 w[OUT * S + i] = grad
                         if scaled and placed:
-                            scale, shift = scales[t * S : (t + 1) * S], scales[(T + t) * S : (T + t + 1) * S]
+                            gates = carray(pointer(a[19] + ((t * R + r) * P + p) * tile * wide_size, wide), tile)
+                            pixels_to_lanes(gates, gate_of_lanes, n // tile)
+                        if scaled:
+                            scale = carray(pointer(scales_at + t * S * wide_size, wide), n)
+                            shift = carray(pointer(scales_at + (T + t) * S * wide_size, wide), n)
+                            of_scale = carray(pointer(image_sums_at + t * S * wide_size, wide), n)
+                            of_shift = carray(pointer(image_sums_at + (T + t) * S * wide_size, wide), n)
+                            for i in range(n):
+                                upstream = w[OUT * S + i]
+                                w[CURRENT * S + i] = upstream * (w[X * S + i] * scale[i] + shift[i])
+                                w[OUT * S + i] = upstream * w[GATE * S + i]
+                            for i in range(n):
+                                grad = w[OUT * S + i]
+                                of_scale[i] += grad * w[X * S + i]
+                                of_shift[i] += grad
+                                w[OUT * S + i] = grad * scale[i]
+                        if scaled and placed:
                             at = ((job % blocks * T + t) * R + r) * P + p
                             sums_of_places = carray(pointer(a[20] + at * tile * wide_size, wide), tile)
                             m = n // tile
                             for k in range(tile):
-                                grads, values = w[OUT * S + k * m : CURRENT * S], w[X * S + k * m : OUT * S]
-                                sums_of_places[k] = _gate_gradient(
-                                    grads, values, scale[k * m :], shift[k * m :], m, nil
-                                )
-                            gates = carray(pointer(a[19] + ((t * R + r) * P + p) * tile * wide_size, wide), tile)
-                            pixels_to_lanes(gates, w[GATE * S : ALL * S], m)
-                        if scaled:
-                            scale = scales[t * S : (t + 1) * S]
-                            of_scale = image_sums[t * S : (t + 1) * S]
-                            of_shift = image_sums[(T + t) * S : (T + t + 1) * S]
-                            for i in range(n):
-                                grad = w[OUT * S + i] * w[GATE * S + i]
-                                of_scale[i] += grad * w[X * S + i]
-                                of_shift[i] += grad
-                                w[OUT * S + i] = grad * scale[i]
+                                sums_of_places[k] = total(w_at + (CURRENT * S + k * m) * wide_size, m, wide, wide_size)
                         if write and not once:
                             out = carray(pointer(a[14] + ((t * R + r) * P * L + place) * size, item), n)
                             for i in range(n):
@@ -225,17 +223,19 @@ def backward_pass(
                 if scaled:
                     for k in range(2 * T):
                         m = n // tile
-                        total = carray(pointer(a[22 + k // T] + ((k % T * R + r) * C + first) * wide_size, wide), m)
+                        of_channels = carray(
+                            pointer(a[22 + k // T] + ((k % T * R + r) * C + first) * wide_size, wide), m
+                        )
                         sums_k = image_sums[k * S : (k + 1) * S]
                         for i in range(m):
-                            total[i] = sums_k[i]
+                            of_channels[i] = sums_k[i]
                         for j in range(1, tile):
                             for i in range(m):
-                                total[i] += sums_k[j * m + i]
+                                of_channels[i] += sums_k[j * m + i]
             if sums:
                 for k in range(4):
-                    total = carray(pointer(a[16] + ((job // blocks * 4 + k) * L + first) * wide_size, wide), n)
+                    sums_out = carray(pointer(a[16] + ((job // blocks * 4 + k) * L + first) * wide_size, wide), n)
                     for i in range(n):
-                        total[i] = w[(SUM_X + k) * S + i]
+                        sums_out[i] = w[(SUM_X + k) * S + i]
 
     return compiled(backward)

@@ -20,6 +20,7 @@ from spikegen.kernels.numba_tools import (
     ONE,
     STRIDE,
     WIDTH,
+    address,
     addresses,
     channels_to_lanes,
     compiled,
@@ -75,6 +76,7 @@ def _forward(dtype: torch.dtype, packed: bool, zero: bool, affine: bool, rated: 
         scales = np.empty(2 * T * S if scaled else 1, wide_np)  # an image's at every step, then its shifts
         gate_of_lanes = np.empty(W if scaled else 1, wide_np)
         counts = np.empty(T * S if rated else 1, wide_np)
+        counts_at, scales_at = address(counts), address(scales)
         byte = np.empty(W, np.uint8)  # of up to eight steps' spikes, a bit each
         nil = carray(pointer(a[15], wide), 6)[5]
         unit = carray(pointer(a[15], wide), 6)[0]
@@ -93,18 +95,19 @@ def _forward(dtype: torch.dtype, packed: bool, zero: bool, affine: bool, rated: 
                         counts[i] = nil
                 for k in range(2 * T if scaled else 0):
                     given = carray(pointer(a[17 + k // T] + ((k % T * R + r) * C + first) * wide_size, wide), n // tile)
-                    channels_to_lanes(given, scales[k * S : (k + 1) * S], tile)
+                    channels_to_lanes(given, carray(pointer(scales_at + k * S * wide_size, wide), n), tile)
                 for p in range(P):
                     place = p * L + first
                     for i in range(n):
                         state[i] = nil
                     for t in range(T):
-                        count_t = counts[t * S : (t + 1) * S] if rated else counts
+                        count_t = carray(pointer(counts_at + t * S * wide_size, wide), S if rated else 0)
                         x = carray(pointer(a[9] + (t * time_stride + r * row_stride + place) * size, item), n)
                         s = carray(pointer(a[10] + ((t * R + r) * P * L + place) * size, item), 0 if packed else n)
                         bit = np.uint8(1 << (t & 7))
                         if scaled:
-                            scale, shift = scales[t * S : (t + 1) * S], scales[(T + t) * S : (T + t + 1) * S]
+                            scale = carray(pointer(scales_at + t * S * wide_size, wide), n)
+                            shift = carray(pointer(scales_at + (T + t) * S * wide_size, wide), n)
                             if placed:
                                 gates = carray(pointer(a[19] + ((t * R + r) * P + p) * tile * wide_size, wide), tile)
                                 pixels_to_lanes(gates, gate_of_lanes, n // tile)

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import cfunc, njit, types
+from numba import carray, cfunc, njit, types
+from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
 
@@ -21,6 +22,9 @@ WIDTH = 512
 
 STRIDE = WIDTH + 48
 """From one part of a scratch to the next: no multiple of 2 KiB, at which the first cache takes one for another."""
+
+LANES = 16
+"""Of the vectors that `total` adds up; LLVM takes several of the machine's where those are narrower."""
 
 ARGUMENTS = 32
 """That a pass is given at most."""
@@ -93,6 +97,29 @@ def ordered(_context: Any, value: Any) -> Any:
     return result(value), generate
 
 
+@intrinsic
+def _whole_total(_context: Any, address: Any, n: Any, dtype: Any) -> Any:
+    """The sum of n numbers, a multiple of LANES, from an address on."""
+
+    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        number = context.get_value_type(dtype.dtype)
+        vector = ir.VectorType(number, LANES)
+        first = builder.inttoptr(args[0], number.as_pointer())
+        total = cgutils.alloca_once_value(builder, ir.Constant(vector, [0.0] * LANES))
+        word = args[1].type
+        with cgutils.for_range_slice(builder, ir.Constant(word, 0), args[1], ir.Constant(word, LANES)) as (i, _):
+            values = builder.load(
+                builder.bitcast(builder.gep(first, [i]), vector.as_pointer()), align=dtype.dtype.bitwidth // 8
+            )
+            builder.store(builder.fadd(builder.load(total), values), total)
+        suffix = {types.float32: "f32", types.float64: "f64"}[dtype.dtype]
+        kind = ir.FunctionType(number, [number, vector])
+        add = cgutils.get_or_insert_function(builder.module, kind, f"llvm.vector.reduce.fadd.v{LANES}{suffix}")
+        return builder.call(add, [ir.Constant(number, 0.0), builder.load(total)], fastmath=("reassoc",))
+
+    return dtype.dtype(types.int64, types.int64, dtype), generate
+
+
 def inlined(function: Callable[..., Any]) -> Any:
     """A function for the passes to call."""
     return njit(error_model="numpy", forceinline=True)(bare(function))
@@ -106,6 +133,20 @@ def bare(function: Callable[..., Any]) -> Any:
 def reducing(function: Callable[..., Any]) -> Any:
     """A function for the passes to call, whose sums have the compiler's order, so that they take whole vectors."""
     return njit(error_model="numpy", forceinline=True, fastmath={"reassoc"})(bare(function))
+
+
+@inlined
+def total(address: Any, n: int, dtype: Any, size: int) -> Any:
+    """The sum of n numbers of a type, of `size` bytes each, from an address on.
+
+    LLVM takes several vectors in a turn of such a loop, and of few numbers one after another.
+    """
+    whole = n // LANES * LANES
+    result = _whole_total(address, whole, dtype)
+    rest = carray(pointer(address + whole * size, dtype), n - whole)
+    for i in range(n - whole):
+        result += rest[i]
+    return result
 
 
 @inlined
@@ -124,6 +165,12 @@ def four_sums(x0, x1, x2, x3, sums, stride, n, half):  # type: ignore[no-untyped
             d0, d1, d2, d3 = np.float64(x0[i]), np.float64(x1[i]), np.float64(x2[i]), np.float64(x3[i])
             sums[i] += (d0 + d1) + (d2 + d3)
             sums[stride + i] += (d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3)
+
+
+@inlined
+def address(array: Any) -> int:
+    """Where an array begins. What is read there as an array has no count of references, which loops would keep up."""
+    return np.int64(array.ctypes.data)
 
 
 @inlined
