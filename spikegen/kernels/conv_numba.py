@@ -1,8 +1,9 @@
-"""Engine `numba`'s convolution of a space gate: two maps to one, zero-padded, rows of taps over whole images.
+"""Engine `numba`'s convolution of a space gate: two maps to one, zero-padded to the same size.
 
-For so few channels oneDNN takes ten times as long. An image lies in the scratch with its padding, so that a tap (a, b)
-is a multiply-accumulate of all of it, shifted by a rows and b places; what that writes into the padding is left out.
-The loops run over whole vectors, which is why the scratch goes on beyond the image.
+For so few channels oneDNN takes ten times as long. Every tap moves the map by a place, so that it is the reading that
+takes the time: what has been read serves four rows of the result. A map's rows lie in the scratch by their remainder
+over four. Then rows 0, 4, 8, ... of the result are neighbours, and so is all that one tap of them takes; the loops run
+over all of these, and what they write into the padding is left out.
 """
 
 import functools
@@ -10,57 +11,79 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import carray, njit, types
+from numba import carray, types
 from torch import Tensor
 
-from spikegen.kernels.numba_tools import CHUNKS, addresses, bare, compiled, inlined, pointer, run
+from spikegen.kernels.numba_tools import ARGUMENTS, CHUNKS, address, addresses, compiled, inlined, pointer, run
+from spikegen.kernels.vectors_numba import LANES, ROWS, add_products, add_taps
+from spikegen.kernels.vectors_numba import total as total_of
 
 MAX_TAPS = 9
-"""Of a row, that a loop is unrolled over."""
-
-VECTORS = 64
-"""Numbers that a loop takes in one turn: LLVM leaves those over to a loop of its own, one after another."""
-
-_FAST = {"reassoc", "contract", "nsz"}
-
-
-@njit(error_model="numpy", forceinline=True, fastmath=_FAST)
-@bare
-def _add(out: Any, x: Any, weight: Any, n: int, taps: int) -> None:
-    """out[i] += weight[0] x[i] + weight[1] x[i + 1] + ..., unrolled over the taps, a constant of the pass."""
-    for i in range(n):
-        total = out[i]
-        for b in range(taps):
-            total += weight[b] * x[i + b]
-        out[i] = total
-
-
-@njit(error_model="numpy", forceinline=True, fastmath=_FAST)
-@bare
-def _dot(x: Any, y: Any, n: int, nil: Any) -> Any:
-    total = nil
-    for i in range(n):
-        total += x[i] * y[i]
-    return total
-
-
-@njit(error_model="numpy", forceinline=True, fastmath=_FAST)
-@bare
-def _four_dots(x: Any, y: Any, n: int, nil: Any) -> Any:
-    """`_dot` of x, x[1:], x[2:] and x[3:]."""
-    t0 = t1 = t2 = t3 = nil
-    for i in range(n):
-        t0 += x[i] * y[i]
-        t1 += x[i + 1] * y[i]
-        t2 += x[i + 2] * y[i]
-        t3 += x[i + 3] * y[i]
-    return t0, t1, t2, t3
+"""Of a row, that a loop takes together."""
 
 
 @inlined
-def _whole(n: int) -> int:
-    """The least multiple of VECTORS that is no less."""
-    return (n + VECTORS - 1) // VECTORS * VECTORS
+def _sizes(H, W, K):  # type: ignore[no-untyped-def]
+    """(a padded row, numbers of a remainder's rows of the result, of a padded map with what the loops touch beyond)."""
+    wide, rows = W + K - 1, (H + ROWS - 1) // ROWS
+    n = (rows * wide + LANES - 1) // LANES * LANES
+    return wide, n, n + (K + 2) // ROWS * wide + K
+
+
+@inlined
+def _lay(image, H, W, pad, wide, out):  # type: ignore[no-untyped-def]
+    """Write an image's rows by their remainder, `pad` rows and places from the first."""
+    for h in range(H):
+        row = out[(h + pad) % ROWS, (h + pad) // ROWS * wide + pad :]
+        for i in range(W):
+            row[i] = image[h * W + i]
+
+
+@inlined
+def _lift(x, H, W, wide, out):  # type: ignore[no-untyped-def]
+    """The rows back to an image."""
+    for h in range(H):
+        row = x[h % ROWS, h // ROWS * wide :]
+        for i in range(W):
+            out[h * W + i] = row[i]
+
+
+@inlined
+def _correlate(x, longer, weight, out, n, wide, K, taps, size, dtype):  # type: ignore[no-untyped-def]
+    """Add to `out` the cross-correlation of a padded map with a [K, K] weight; all are addresses."""
+    for q in range(K + ROWS - 1):  # the padded map's row q serves row r of the result with row q - r of the weight
+        first, last = max(0, q - K + 1), min(ROWS - 1, q)
+        for b in range(0, K, taps):
+            read = x + (q % ROWS * longer + q // ROWS * wide + b) * size
+            row = weight + ((q - first) * K + b) * size
+            written = out + first * n * size
+            if last - first == 3:
+                add_taps(written, n, read, row, n, taps, K, 4, dtype)
+            elif last - first == 2:
+                add_taps(written, n, read, row, n, taps, K, 3, dtype)
+            elif last - first == 1:
+                add_taps(written, n, read, row, n, taps, K, 2, dtype)
+            else:
+                add_taps(written, n, read, row, n, taps, K, 1, dtype)
+
+
+@inlined
+def _multiply(x, longer, y, sums, n, wide, K, taps, size, dtype):  # type: ignore[no-untyped-def]
+    """Add to the sums, a vector for each tap of a [K, K] weight, a padded map times the result's gradient."""
+    for q in range(K + ROWS - 1):
+        first, last = max(0, q - K + 1), min(ROWS - 1, q)
+        for b in range(0, K, taps):
+            read = x + (q % ROWS * longer + q // ROWS * wide + b) * size
+            grads = y + first * n * size
+            row = sums + ((q - first) * K + b) * LANES * size
+            if last - first == 3:
+                add_products(row, read, grads, n, n, taps, K, 4, dtype)
+            elif last - first == 2:
+                add_products(row, read, grads, n, n, taps, K, 3, dtype)
+            elif last - first == 1:
+                add_products(row, read, grads, n, n, taps, K, 2, dtype)
+            else:
+                add_products(row, read, grads, n, n, taps, K, 1, dtype)
 
 
 @functools.cache
@@ -68,33 +91,19 @@ def _forward(dtype: torch.dtype, taps: int) -> Any:
     item, item_np, size = _types(dtype)
 
     def forward(begin, end, context):  # type: ignore[no-untyped-def]
-        a = carray(context, 20)
+        a = carray(context, ARGUMENTS)
         N, H, W, K, chunk = a[0], a[1], a[2], a[3], a[4]
-        wide, half = W + K - 1, K // 2
-        n = _whole(H * wide)
-        given = carray(pointer(a[7], item), 2 * K * K)
-        weight = np.empty(2 * K * K, item_np)
-        for i in range(2 * K * K):
-            weight[i] = given[i]
-        padded = np.zeros(2 * (H + K) * wide + VECTORS, item_np)  # one row more, which shifts by b may touch
-        total = np.empty(n, item_np)
+        wide, n, longer = _sizes(H, W, K)
+        padded, total = np.zeros((ROWS, longer), item_np), np.empty((ROWS, n), item_np)
         for image in range(begin * chunk, min(N, end * chunk)):
+            for r in range(ROWS):
+                for i in range(n):
+                    total[r, i] = 0
             for k in range(2):
-                x = carray(pointer(a[5 + k] + image * H * W * size, item), H * W)
-                for h in range(H):
-                    row = padded[(k * (H + K) + h + half) * wide + half :]
-                    for i in range(W):
-                        row[i] = x[h * W + i]
-            for i in range(n):
-                total[i] = 0
-            for k in range(2):
-                for tap in range(0, K * K, taps):
-                    shift = (k * (H + K) + tap // K) * wide + tap % K
-                    _add(total, padded[shift:], weight[k * K * K + tap :], n, taps)
-            out = carray(pointer(a[8] + image * H * W * size, item), H * W)
-            for h in range(H):
-                for i in range(W):
-                    out[h * W + i] = total[h * wide + i]
+                _lay(carray(pointer(a[5 + k] + image * H * W * size, item), H * W), H, W, K // 2, wide, padded)
+                weight = a[7] + k * K * K * size
+                _correlate(address(padded), longer, weight, address(total), n, wide, K, taps, size, item)
+            _lift(total, H, W, wide, carray(pointer(a[8] + image * H * W * size, item), H * W))
 
     return compiled(forward)
 
@@ -104,55 +113,37 @@ def _backward(dtype: torch.dtype, taps: int) -> Any:
     item, item_np, size = _types(dtype)
 
     def backward(begin, end, context):  # type: ignore[no-untyped-def]
-        a = carray(context, 20)
+        a = carray(context, ARGUMENTS)
         N, H, W, K, chunk = a[0], a[1], a[2], a[3], a[4]
-        wide, half = W + K - 1, K // 2
-        n, longer = _whole(H * wide), _whole(H * wide + taps - 1)
-        nil = carray(pointer(a[12], item), 1)[0]
+        wide, n, longer = _sizes(H, W, K)
         given = carray(pointer(a[7], item), 2 * K * K)
-        weight = np.empty(2 * K * K, item_np)  # every row of taps from its last to its first
+        turned = np.empty(2 * K * K, item_np)  # each map's from its last tap to its first
         for i in range(2 * K * K):
-            weight[i] = given[i // taps * taps + taps - 1 - i % taps]
-        padded = np.zeros(2 * (H + K) * wide + VECTORS, item_np)
-        grads = np.empty(2 * (H + K) * wide + VECTORS, item_np)
-        before = np.zeros(longer + taps, item_np)  # zeros where the padding is, and `taps` - 1 before the gradient
-        grad = before[taps - 1 :]
+            turned[i] = given[i // (K * K) * K * K + K * K - 1 - i % (K * K)]
+        padded, padded_grad = np.zeros((ROWS, longer), item_np), np.zeros((ROWS, longer), item_np)
+        grad, total = np.zeros((ROWS, n), item_np), np.empty((ROWS, n), item_np)
+        products = np.empty((2 * K * K, LANES), item_np)  # of the weight's gradient
         for job in range(begin, end):
-            grad_weight = carray(pointer(a[11] + job * 2 * K * K * size, item), 2 * K * K)
             for tap in range(2 * K * K):
-                grad_weight[tap] = 0
+                for i in range(LANES):
+                    products[tap, i] = 0
             for image in range(job * chunk, min(N, (job + 1) * chunk)):
-                g = carray(pointer(a[8] + image * H * W * size, item), H * W)
-                for h in range(H):
-                    for i in range(W):
-                        grad[h * wide + i] = g[h * W + i]
+                of_out = carray(pointer(a[8] + image * H * W * size, item), H * W)
+                _lay(of_out, H, W, 0, wide, grad)
+                _lay(of_out, H, W, K // 2, wide, padded_grad)
                 for k in range(2):
-                    x = carray(pointer(a[5 + k] + image * H * W * size, item), H * W)
-                    for h in range(H):
-                        row = padded[(k * (H + K) + h + half) * wide + half :]
-                        for i in range(W):
-                            row[i] = x[h * W + i]
-                for i in range(len(grads)):
-                    grads[i] = 0
-                for k in range(2):
-                    for tap in range(0, K * K, taps):
-                        shift = (k * (H + K) + tap // K) * wide + tap % K
-                        _add(grads[shift:], before, weight[k * K * K + tap :], longer, taps)
-                        for b in range(taps // 4 * 4, taps):
-                            grad_weight[k * K * K + tap + b] += _dot(padded[shift + b :], grad, n, nil)
-                        for b in range(0, taps - 3, 4):
-                            t0, t1, t2, t3 = _four_dots(padded[shift + b :], grad, n, nil)
-                            of_taps = grad_weight[k * K * K + tap + b :]
-                            of_taps[0] += t0
-                            of_taps[1] += t1
-                            of_taps[2] += t2
-                            of_taps[3] += t3
-                for k in range(2):
-                    out = carray(pointer(a[9 + k] + image * H * W * size, item), H * W)
-                    for h in range(H):
-                        row = grads[(k * (H + K) + h + half) * wide + half :]
-                        for i in range(W):
-                            out[h * W + i] = row[i]
+                    for r in range(ROWS):
+                        for i in range(n):
+                            total[r, i] = 0
+                    weight = address(turned) + k * K * K * size
+                    _correlate(address(padded_grad), longer, weight, address(total), n, wide, K, taps, size, item)
+                    _lift(total, H, W, wide, carray(pointer(a[9 + k] + image * H * W * size, item), H * W))
+                    _lay(carray(pointer(a[5 + k] + image * H * W * size, item), H * W), H, W, K // 2, wide, padded)
+                    sums = address(products) + k * K * K * LANES * size
+                    _multiply(address(padded), longer, address(grad), sums, n, wide, K, taps, size, item)
+            of_weight = carray(pointer(a[11] + job * 2 * K * K * size, item), 2 * K * K)
+            for tap in range(2 * K * K):
+                of_weight[tap] = total_of(address(products) + tap * LANES * size, LANES, item, size)
 
     return compiled(backward)
 
@@ -174,13 +165,12 @@ def convolve_backward(maps: tuple[Tensor, Tensor], weight: Tensor, grad: Tensor,
     """Write the gradients of the maps into `out`; return the weight's."""
     jobs, numbers = _jobs(maps[0], weight)
     parts = weight.new_empty(jobs, *weight.shape)
-    nil = weight.new_zeros(1)
-    run(_backward(grad.dtype, _taps(weight)), jobs, [*numbers, *addresses([*maps, weight, grad, *out, parts, nil])])
+    run(_backward(grad.dtype, _taps(weight)), jobs, [*numbers, *addresses([*maps, weight, grad, *out, parts])])
     return parts.sum(0)
 
 
 def _taps(weight: Tensor) -> int:
-    """How many taps of a row at a time: all, or of a wide kernel, which would not be unrolled, one."""
+    """How many taps of a row at a time: all, or of a wide kernel, which would not fit the registers, one."""
     kernel = weight.shape[-1]
     return kernel if kernel <= MAX_TAPS else 1
 

@@ -22,8 +22,8 @@ from spikegen.kernels.numba_tools import (
     pixels_to_lanes,
     pointer,
     store,
-    total,
 )
+from spikegen.kernels.vectors_numba import total
 
 
 @inlined
@@ -102,7 +102,7 @@ def backward_pass(
                     for k in range(2 * T):
                         at = ((k % T * R + r) * C + first) * wide_size
                         given = carray(pointer(a[17 + k // T] + at, wide), n // tile)
-                        channels_to_lanes(given, carray(pointer(scales_at + k * S * wide_size, wide), n), tile)
+                        channels_to_lanes(given, scales[k * S : (k + 1) * S], tile)
                 for p in range(P):
                     place = p * L + first
                     # ---- the membranes again, from the currents

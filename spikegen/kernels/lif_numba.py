@@ -95,7 +95,7 @@ def _forward(dtype: torch.dtype, packed: bool, zero: bool, affine: bool, rated: 
                         counts[i] = nil
                 for k in range(2 * T if scaled else 0):
                     given = carray(pointer(a[17 + k // T] + ((k % T * R + r) * C + first) * wide_size, wide), n // tile)
-                    channels_to_lanes(given, carray(pointer(scales_at + k * S * wide_size, wide), n), tile)
+                    channels_to_lanes(given, scales[k * S : (k + 1) * S], tile)
                 for p in range(P):
                     place = p * L + first
                     for i in range(n):

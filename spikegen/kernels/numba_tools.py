@@ -4,7 +4,6 @@ import ctypes
 import functools
 import hashlib
 import inspect
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import carray, cfunc, njit, types
-from numba.core import cgutils
+from numba import cfunc, njit, types
 from numba.extending import intrinsic
 from torch import Tensor
 
@@ -22,9 +20,6 @@ WIDTH = 512
 
 STRIDE = WIDTH + 48
 """From one part of a scratch to the next: no multiple of 2 KiB, at which the first cache takes one for another."""
-
-LANES = 16
-"""Of the vectors that `total` adds up; LLVM takes several of the machine's where those are narrower."""
 
 ARGUMENTS = 32
 """That a pass is given at most."""
@@ -97,29 +92,6 @@ def ordered(_context: Any, value: Any) -> Any:
     return result(value), generate
 
 
-@intrinsic
-def _whole_total(_context: Any, address: Any, n: Any, dtype: Any) -> Any:
-    """The sum of n numbers, a multiple of LANES, from an address on."""
-
-    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        number = context.get_value_type(dtype.dtype)
-        vector = ir.VectorType(number, LANES)
-        first = builder.inttoptr(args[0], number.as_pointer())
-        total = cgutils.alloca_once_value(builder, ir.Constant(vector, [0.0] * LANES))
-        word = args[1].type
-        with cgutils.for_range_slice(builder, ir.Constant(word, 0), args[1], ir.Constant(word, LANES)) as (i, _):
-            values = builder.load(
-                builder.bitcast(builder.gep(first, [i]), vector.as_pointer()), align=dtype.dtype.bitwidth // 8
-            )
-            builder.store(builder.fadd(builder.load(total), values), total)
-        suffix = {types.float32: "f32", types.float64: "f64"}[dtype.dtype]
-        kind = ir.FunctionType(number, [number, vector])
-        add = cgutils.get_or_insert_function(builder.module, kind, f"llvm.vector.reduce.fadd.v{LANES}{suffix}")
-        return builder.call(add, [ir.Constant(number, 0.0), builder.load(total)], fastmath=("reassoc",))
-
-    return dtype.dtype(types.int64, types.int64, dtype), generate
-
-
 def inlined(function: Callable[..., Any]) -> Any:
     """A function for the passes to call."""
     return njit(error_model="numpy", forceinline=True)(bare(function))
@@ -133,20 +105,6 @@ def bare(function: Callable[..., Any]) -> Any:
 def reducing(function: Callable[..., Any]) -> Any:
     """A function for the passes to call, whose sums have the compiler's order, so that they take whole vectors."""
     return njit(error_model="numpy", forceinline=True, fastmath={"reassoc"})(bare(function))
-
-
-@inlined
-def total(address: Any, n: int, dtype: Any, size: int) -> Any:
-    """The sum of n numbers of a type, of `size` bytes each, from an address on.
-
-    LLVM takes several vectors in a turn of such a loop, and of few numbers one after another.
-    """
-    whole = n // LANES * LANES
-    result = _whole_total(address, whole, dtype)
-    rest = carray(pointer(address + whole * size, dtype), n - whole)
-    for i in range(n - whole):
-        result += rest[i]
-    return result
 
 
 @inlined
@@ -168,8 +126,11 @@ def four_sums(x0, x1, x2, x3, sums, stride, n, half):  # type: ignore[no-untyped
 
 
 @inlined
-def address(array: Any) -> int:
-    """Where an array begins. What is read there as an array has no count of references, which loops would keep up."""
+def address(array: Any) -> Any:
+    """Where an array begins: an array read from there has no count of references, which loops would keep up.
+
+    It is freed after the last use of its name, so that has to come after the last such reading.
+    """
     return np.int64(array.ctypes.data)
 
 
@@ -192,7 +153,8 @@ def channels_to_lanes(given: Any, lanes: Any, tile: int) -> None:
 
 # ---- the passes, as functions of (first item, last item, arguments) for torch's thread pool --------------------------
 
-_VERSION = hashlib.sha256(inspect.getsource(sys.modules[__name__]).encode()).hexdigest()[:8]
+_INLINED = "numba_tools.py", "vectors_numba.py", "images_numba.py"
+_VERSION = hashlib.sha256(b"".join(Path(__file__).with_name(n).read_bytes() for n in _INLINED)).hexdigest()[:8]
 SIGNATURE = types.void(types.int64, types.int64, types.CPointer(types.int64))
 ITEM = {torch.bfloat16: types.uint16, torch.float32: types.float32, torch.float64: types.float64}
 ONE = {torch.bfloat16: np.uint16(0x3F80), torch.float32: np.float32(1), torch.float64: np.float64(1)}
@@ -201,7 +163,7 @@ ONE = {torch.bfloat16: np.uint16(0x3F80), torch.float32: np.float32(1), torch.fl
 def compiled(function: Callable[..., None]) -> Any:
     """A pass, a function of (first item, last item, arguments) for torch's thread pool."""
     function = bare(function)
-    # numba finds what it has kept by a function's name and the content of its file; this file's is inlined there.
+    # numba finds what it has kept by a function's name and its file's content; what is inlined lies in these.
     function.__qualname__ += f".{_VERSION}"
     try:
         return cfunc(SIGNATURE, cache=True, error_model="numpy")(function)
