@@ -21,6 +21,7 @@ from spikegen.kernels.numba_tools import (
     load,
     pixels_to_lanes,
     pointer,
+    prefetch,
     store,
 )
 from spikegen.kernels.vectors_numba import total
@@ -111,6 +112,8 @@ def backward_pass(
                         w[TOTAL * S + i] = nil
                     for t in range(T):
                         mem_t = mems[(t + 1) * S : (t + 2) * S]
+                        prefetch(a[9] + (t * time_stride + r * row_stride + place + L) * size, n * size)
+                        prefetch(a[12] + ((t * R + r) * P * L + place + L) * size, n * size)
                         x = carray(pointer(a[9] + (t * time_stride + r * row_stride + place) * size, item), n)
                         if scaled:
                             scale = carray(pointer(scales_at + t * S * wide_size, wide), n)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba import cfunc, njit, types
+from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
 
@@ -39,6 +40,18 @@ def pointer(_context: Any, address: Any, dtype: Any) -> Any:
         return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
 
     return types.CPointer(dtype.dtype)(types.int64, dtype), generate
+
+
+@intrinsic
+def _prefetch_line(_context: Any, address: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        byte, word = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [byte, word, word, word])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(function, [builder.inttoptr(args[0], byte), word(0), word(3), word(1)])
+        return context.get_dummy_value()
+
+    return types.none(types.int64), generate
 
 
 @intrinsic
@@ -105,6 +118,13 @@ def bare(function: Callable[..., Any]) -> Any:
 def reducing(function: Callable[..., Any]) -> Any:
     """A function for the passes to call, whose sums have the compiler's order, so that they take whole vectors."""
     return njit(error_model="numpy", forceinline=True, fastmath={"reassoc"})(bare(function))
+
+
+@inlined
+def prefetch(address: Any, size: int) -> None:
+    """Ask for `size` bytes from an address on, which need not be ours, to be in the first cache soon."""
+    for k in range(0, size, 64):
+        _prefetch_line(address + k)
 
 
 @inlined

@@ -19,6 +19,7 @@ from spikegen.kernels.numba_tools import (
     four_sums,
     load,
     pointer,
+    prefetch,
     run,
     store,
 )
@@ -128,6 +129,7 @@ def _gate_bits(dtype: torch.dtype, back: bool) -> Any:
                     start = ((t * R + r) * P * L + p * L + first) * size
                     if back:
                         g = carray(pointer(a[12] + start, item), n)
+                        prefetch(a[12] + start + L * size, n * size)
                         total_t = total[t * W : (t + 1) * W]
                         for i in range(n):
                             value = load(g[i])
