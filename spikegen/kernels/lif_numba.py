@@ -72,7 +72,6 @@ def _forward(dtype: torch.dtype, packed: bool, zero: bool, affine: bool, rated: 
         C = L // max(tile, 1)
         local = np.empty(4 * S, wide_np)  # scale, shift, beta, threshold
         state = np.empty(W, wide_np)
-        currents = np.empty(W if scaled else 1, wide_np)
         scales = np.empty(2 * T * S if scaled else 1, wide_np)  # an image's at every step, then its shifts
         gate_of_lanes = np.empty(W if scaled else 1, wide_np)
         counts = np.empty(T * S if rated else 1, wide_np)
@@ -111,15 +110,14 @@ def _forward(dtype: torch.dtype, packed: bool, zero: bool, affine: bool, rated: 
                             if placed:
                                 gates = carray(pointer(a[19] + ((t * R + r) * P + p) * tile * wide_size, wide), tile)
                                 pixels_to_lanes(gates, gate_of_lanes, n // tile)
-                            for i in range(n):
-                                value = (load(x[i]) * scale[i] + shift[i]) * gate_of_lanes[i]
-                                currents[i] = load(store(value, one))  # rounded, as currents in memory are
                         if packed and t & 7 == 0:
                             for i in range(n):
                                 byte[i] = 0
                         for i in range(n):
                             threshold = local[3 * S + i]
-                            current = currents[i] if scaled else load(x[i])
+                            current = load(x[i])
+                            if scaled:  # rounded, as currents in memory are
+                                current = load(store((current * scale[i] + shift[i]) * gate_of_lanes[i], one))
                             if affine:
                                 current = current * local[i] + local[S + i]
                             before = state[i]
