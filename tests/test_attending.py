@@ -124,21 +124,23 @@ def test_each_squeeze_is_its_equation(
         torch.testing.assert_close(a, b, **tolerance(wide))
 
     grad = torch.randn(steps, batch, height, width, channels).to(dtype).movedim(-1, 2)
-    of_mean, of_square, of_largest = (torch.randn_like(k) for k in (mean, square, largest))
+    of_mean, of_largest = torch.randn_like(mean), torch.randn_like(largest)
+    of_sum, of_squares = torch.randn(2, channels, dtype=wide)  # what a norm adds is a channel's
     of_maps = [torch.randn_like(k) for k in maps]
-    outputs = [y.expand_as(grad), mean, square, largest, *(maps if spaced else ())]
-    given = [grad, of_mean, of_square, of_largest, *(of_maps if spaced else ())]
+    sums = (k.sum((0, 1, 3, 4)) for k in (y.to(wide), y.to(wide).square()))
+    outputs = [y.expand_as(grad), mean, largest, *sums, *(maps if spaced else ())]
+    given = [grad, of_mean, of_largest, of_sum, of_squares, *(of_maps if spaced else ())]
     of_y, *of_scaling = torch.autograd.grad(outputs, [y, scale, shift], given, allow_unused=True)
     more = None
     if spaced:
         each, share = of_maps[0] / channels, torch.empty_like(mosts)
-        found = torch.empty_like(values[1]), torch.empty_like(values[2])
-        passes.channels_backward(over, *values, (each, of_maps[1], mosts), (share, *found))
-        for a, b in zip(found, of_scaling, strict=True):
-            torch.testing.assert_close(a, b, **tolerance(wide))
+        found, so_far = torch.empty(2, *values[1].shape, dtype=wide), torch.randn(2, *values[1].shape, dtype=wide)
+        passes.channels_backward(over, *values, so_far.unbind(), (each, of_maps[1], mosts), (share, *found))
+        for a, b, before in zip(found, of_scaling, so_far, strict=True):
+            torch.testing.assert_close(a, b + before, **tolerance(wide))
         more = each, share, mosts, *values[1:]
     pixels, out = height * width, layout.empty(y, len(y))
-    numbers = of_mean / pixels, 2 * of_square / pixels, squeezed.most, of_largest / squeezed.ties
+    numbers = of_sum, 2 * of_squares, of_mean / pixels, squeezed.most, of_largest / squeezed.ties
     numbers = tuple(k.detach() for k in numbers)
     passes.squeeze_backward(layout, y.detach(), grad, numbers, more, out)
     torch.testing.assert_close(out, of_y, **tolerance(dtype))
@@ -368,10 +370,11 @@ def test_the_space_gates_convolution(dtype: torch.dtype, shape: tuple[int, ...],
     maps = [torch.randn(steps * batch, *space, dtype=dtype).requires_grad_() for _ in range(2)]
     weight = torch.randn(1, 2, kernel, kernel, dtype=dtype).requires_grad_()
     expected = F.conv2d(torch.stack(maps, 1), weight, padding=kernel // 2).squeeze(1)
+    gate = expected.sigmoid()
     grad, found = torch.randn_like(expected), torch.empty_like(expected)
     of_maps, (given, kernels) = [torch.empty_like(found) for _ in range(2)], ([m.detach() for m in maps], weight[0])
     conv_numba.convolve(tuple(given), kernels.detach(), found)
-    of_weight = conv_numba.convolve_backward(tuple(given), kernels.detach(), grad, tuple(of_maps))
+    of_weight = conv_numba.convolve_backward(tuple(given), kernels.detach(), gate.detach(), grad, tuple(of_maps))
     torch.testing.assert_close(found, expected, **tolerance(dtype))
-    for a, b in zip((*of_maps, of_weight[None]), torch.autograd.grad(expected, [*maps, weight], grad), strict=True):
+    for a, b in zip((*of_maps, of_weight[None]), torch.autograd.grad(gate, [*maps, weight], grad), strict=True):
         torch.testing.assert_close(a, b, **tolerance(dtype))

@@ -81,13 +81,13 @@ def _squeeze(  # type: ignore[no-untyped-def]
 
 @jit
 def _squeeze_backward(  # type: ignore[no-untyped-def]
-    y, grads, constant, slope, most, share, out, everywhere, share_of_largest, largest_of, scale, shift,
+    y, grads, constant, slope, everyone, most, share, out, everywhere, share_of_largest, largest_of, scale, shift,
     steps, own, R, P, L, time_stride, row_stride,
     SPACED: tl.constexpr, WIDE: tl.constexpr, PB: tl.constexpr, LB: tl.constexpr,
 ):  # fmt: skip
     row, lanes, start, dense = _image(R, P, L, time_stride, row_stride, LB)
-    k0 = _numbers(constant, row, lanes, L)
-    k1 = _numbers(slope, row, lanes, L)
+    k0 = _numbers(everyone, row, lanes, L) + tl.load(constant + lanes, lanes < L, 0)[None, :]
+    k1 = tl.load(slope + lanes, lanes < L, 0)[None, :]
     largest = _numbers(most, row, lanes, L)
     equal_part = _numbers(share, row, lanes, L)
     for first in range(0, P, PB):
@@ -122,7 +122,8 @@ def _channels(  # type: ignore[no-untyped-def]
 
 @jit
 def _channels_backward(  # type: ignore[no-untyped-def]
-    y, scale, shift, grad_sum, grad_most, most, shares, of_scale, of_shift, R, P, L, time_stride, row_stride,
+    y, scale, shift, scale_so_far, shift_so_far, grad_sum, grad_most, most, shares, of_scale, of_shift,
+    R, P, L, time_stride, row_stride,
     WIDE: tl.constexpr, PB: tl.constexpr, LB: tl.constexpr,
 ):  # fmt: skip
     row, lanes, start, _ = _image(R, P, L, time_stride, row_stride, LB)
@@ -143,8 +144,9 @@ def _channels_backward(  # type: ignore[no-untyped-def]
         grad = tl.where(mask, each[:, None] + tl.where(equal, share[:, None], 0), 0)
         sum_scale += grad * value
         sum_shift += grad
-    tl.store(of_scale + row * L + lanes, tl.sum(sum_scale, 0), inside)
-    tl.store(of_shift + row * L + lanes, tl.sum(sum_shift, 0), inside)
+    out = row * L + lanes
+    tl.store(of_scale + out, tl.load(scale_so_far + out, inside, 0) + tl.sum(sum_scale, 0), inside)
+    tl.store(of_shift + out, tl.load(shift_so_far + out, inside, 0) + tl.sum(sum_shift, 0), inside)
 
 
 @jit
@@ -209,14 +211,15 @@ def squeeze_backward(
     spaced: tuple[Tensor, ...] | None,
     out: Tensor,
 ) -> None:
-    """Write the sum over steps of grad, + numbers[0] + numbers[1] Y, and + numbers[3] where Y is numbers[2].
+    """Write the sum over steps of grad, + k1 + k2 Y + each, and + share where Y is most.
 
+    `numbers` are (k1, k2 [C], each, most, share).
     With `spaced`, (each, share, most, scale, shift), + scale (each + share where scale Y + shift is most), of as many
     steps as grad has or one.
     """
     own = 0 if spaced is None else len(spaced[0]) // len(y)
     given = y, grad, *numbers, out, *(spaced or (None,) * 5), len(grad) // len(y), own
-    _each_image(_squeeze_backward, layout, y, given, numbers[0], SPACED=spaced is not None)
+    _each_image(_squeeze_backward, layout, y, given, numbers[2], SPACED=spaced is not None)
 
 
 def channels(layout: Layout, y: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, most: Tensor) -> None:
@@ -225,10 +228,19 @@ def channels(layout: Layout, y: Tensor, scale: Tensor, shift: Tensor, mean: Tens
 
 
 def channels_backward(
-    layout: Layout, y: Tensor, scale: Tensor, shift: Tensor, grads: tuple[Tensor, ...], out: tuple[Tensor, ...]
+    layout: Layout,
+    y: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    so_far: tuple[Tensor, Tensor],
+    grads: tuple[Tensor, ...],
+    out: tuple[Tensor, ...],
 ) -> None:
-    """`grads`: of the sum, of the largest, and that one itself; `out`: the latter's share, scale's and shift's."""
-    _each_image(_channels_backward, layout, y, (y, scale, shift, *grads, *out), scale, whole=True)
+    """`so_far`: the gradients of scale and shift from elsewhere; `grads`: of the sum, of the largest, and that itself.
+
+    `out`: the share of each that is the largest, and the gradients of scale and shift.
+    """
+    _each_image(_channels_backward, layout, y, (y, scale, shift, *so_far, *grads, *out), scale, whole=True)
 
 
 def attend(

@@ -122,13 +122,17 @@ def _backward(dtype: torch.dtype, taps: int) -> Any:
             turned[i] = given[i // (K * K) * K * K + K * K - 1 - i % (K * K)]
         padded, padded_grad = np.zeros((ROWS, longer), item_np), np.zeros((ROWS, longer), item_np)
         grad, total = np.zeros((ROWS, n), item_np), np.empty((ROWS, n), item_np)
+        of_out, unit = np.empty(H * W, item_np), item(1)
         products = np.empty((2 * K * K, LANES), item_np)  # of the weight's gradient
         for job in range(begin, end):
             for tap in range(2 * K * K):
                 for i in range(LANES):
                     products[tap, i] = 0
             for image in range(job * chunk, min(N, (job + 1) * chunk)):
-                of_out = carray(pointer(a[8] + image * H * W * size, item), H * W)
+                given_grad = carray(pointer(a[8] + image * H * W * size, item), H * W)
+                gate = carray(pointer(a[12] + image * H * W * size, item), H * W)
+                for i in range(H * W):
+                    of_out[i] = given_grad[i] * gate[i] * (unit - gate[i])
                 _lay(of_out, H, W, 0, wide, grad)
                 _lay(of_out, H, W, K // 2, wide, padded_grad)
                 for k in range(2):
@@ -161,11 +165,13 @@ def convolve(maps: tuple[Tensor, Tensor], weight: Tensor, out: Tensor) -> None:
     run(_forward(out.dtype, _taps(weight)), jobs, [*numbers, *addresses([*maps, weight, out])])
 
 
-def convolve_backward(maps: tuple[Tensor, Tensor], weight: Tensor, grad: Tensor, out: tuple[Tensor, Tensor]) -> Tensor:
-    """Write the gradients of the maps into `out`; return the weight's."""
+def convolve_backward(
+    maps: tuple[Tensor, Tensor], weight: Tensor, gate: Tensor, grad: Tensor, out: tuple[Tensor, Tensor]
+) -> Tensor:
+    """Write the gradients of the maps into `out`, from that of the convolution's sigmoid; return the weight's."""
     jobs, numbers = _jobs(maps[0], weight)
     parts = weight.new_empty(jobs, *weight.shape)
-    run(_backward(grad.dtype, _taps(weight)), jobs, [*numbers, *addresses([*maps, weight, grad, *out, parts])])
+    run(_backward(grad.dtype, _taps(weight)), jobs, [*numbers, *addresses([*maps, weight, grad, *out, parts, gate])])
     return parts.sum(0)
 
 

@@ -24,10 +24,12 @@ class Weights(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Of what `excite` was given."""
+    """Of what `excite` was given; of the mean and the largest for those that they were taken of."""
 
-    mean: Float[Tensor, "t B C"]
-    most: Float[Tensor, "t B C"]
+    each: Float[Tensor, "t B C"]
+    """Of the mean, for each of the places."""
+    share: Float[Tensor, "t B C"]
+    """Of the largest, for each that is."""
     scale: Float[Tensor, " C"]
     shift: Float[Tensor, " C"]
     weights: Weights
@@ -45,6 +47,7 @@ class _Kept(NamedTuple):
     """`x` is [2, t, B, C], what is gated, its mean and its largest; `g` the gate over time, [T, B, 1]."""
 
     both: Tensor
+    ties: Tensor
     a: Tensor
     s: Tensor
     weights: Weights
@@ -82,12 +85,14 @@ def excite(
         channel = x, excited, scale, shift
         scale, shift = scale * excited.gate, shift * excited.gate
     scale, shift = (k.expand(own, batch, channels).contiguous() for k in (scale, shift))
-    return scale, shift, _Kept(both, a, s, weights, time, channel)
+    return scale, shift, _Kept(both, squeezed.ties, a, s, weights, time, channel)
 
 
-def excite_backward(kept: Any, of_scale: Float[Tensor, "own B C"], of_shift: Float[Tensor, "own B C"]) -> Gradients:
-    """The gradients, from those of scale and shift."""
-    both, a, s, weights, time, channel = kept
+def excite_backward(
+    kept: Any, of_scale: Float[Tensor, "own B C"], of_shift: Float[Tensor, "own B C"], places: int
+) -> Gradients:
+    """The gradients, from those of scale and shift; `places` is what the means are of."""
+    both, ties, a, s, weights, time, channel = kept
     of_time0 = of_time1 = of_channel0 = of_channel1 = None
     of_x = torch.zeros_like(both)
     if channel is not None:
@@ -113,7 +118,9 @@ def excite_backward(kept: Any, of_scale: Float[Tensor, "own B C"], of_shift: Flo
     of_a = of_scale.sum((0, 1)) + (of_x * both).sum((0, 1, 2))
     of_s = of_shift.sum((0, 1)) + of_x.sum((0, 1, 2))
     of_mean, of_most = (of_x * a).unbind()
-    return Gradients(of_mean, of_most, of_a, of_s, Weights(of_time0, of_time1, of_channel0, of_channel1))
+    return Gradients(
+        of_mean / places, of_most / ties, of_a, of_s, Weights(of_time0, of_time1, of_channel0, of_channel1)
+    )
 
 
 def shared(grad: Tensor, x: Tensor, largest: Tensor, dim: int) -> Tensor:

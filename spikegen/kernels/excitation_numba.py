@@ -157,8 +157,9 @@ def _excite_backward(dtype: torch.dtype, timed: bool, channelled: bool) -> Any:
         a = carray(context, ARGUMENTS)
         given, own, gates, B, C, h, k, chunk = a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[8]
         numbers = carray(pointer(a[7], wide), 2)
-        unit, nil = numbers[0], numbers[1]
+        unit, nil, places = numbers[0], numbers[1], wide(a[26])
         mean, most = carray(pointer(a[9], types.float64), (given, B, C)), carray(pointer(a[10], wide), (given, B, C))
+        ties = carray(pointer(a[27], wide), (given, B, C))
         scale, shift = carray(pointer(a[11], wide), C), carray(pointer(a[12], wide), C)
         time0, time1 = carray(pointer(a[13], wide), (h, own)), carray(pointer(a[14], wide), (own, h))
         channel0, channel1 = carray(pointer(a[15], wide), (k, C)), carray(pointer(a[16], wide), (k, C))
@@ -276,9 +277,11 @@ def _excite_backward(dtype: torch.dtype, timed: bool, channelled: bool) -> Any:
                         mean_i, most_i = wide(mean[source, b, i]), most[source, b, i]
                         of_affine[0, i] += d_scale[t, i] + of_x[0, t, i] * mean_i + of_x[1, t, i] * most_i
                         of_affine[1, i] += d_shift[t, i] + of_x[0, t, i] + of_x[1, t, i]
-                        for m in range(2):
-                            before = of_squeezed[m, source, b, i] if source < t else nil
-                            of_squeezed[m, source, b, i] = before + of_x[m, t, i] * scale[i]
+                        of_each, of_share = of_x[0, t, i] * scale[i] / places, of_x[1, t, i] * scale[i]
+                        of_share /= ties[source, b, i]
+                        if source < t:
+                            of_each, of_share = of_each + of_squeezed[0, 0, b, i], of_share + of_squeezed[1, 0, b, i]
+                        of_squeezed[0, source, b, i], of_squeezed[1, source, b, i] = of_each, of_share
 
     return compiled(excite_backward)
 
@@ -303,12 +306,12 @@ def excite(
     numbers = [given, own, gates, batch, channels, h, k]
     function = _excite(scale.dtype, time0 is not None, channel0 is not None)
     run(function, batch, [*numbers, one_and_nil(scale.dtype), *addresses([*read, *out])])
-    return *out, (numbers, read)
+    return *out, (numbers, squeezed.ties, read)
 
 
-def excite_backward(kept: Any, of_scale: Tensor, of_shift: Tensor) -> Gradients:
+def excite_backward(kept: Any, of_scale: Tensor, of_shift: Tensor, places: int) -> Gradients:
     """As `excitation.excite_backward`."""
-    numbers, read = kept
+    numbers, ties, read = kept
     _, own, _, batch, channels, h, k = numbers
     chunk = -(-batch // CHUNKS)
     time0, channel0 = read[4], read[6]
@@ -316,9 +319,13 @@ def excite_backward(kept: Any, of_scale: Tensor, of_shift: Tensor) -> Gradients:
     total, of_squeezed = of_scale.new_empty(-(-batch // chunk), sum(sizes)), of_scale.new_empty(2, *read[1].shape)
     tensors = [*read, of_scale.contiguous(), of_shift.contiguous(), of_squeezed, total]
     function = _excite_backward(of_scale.dtype, time0 is not None, channel0 is not None)
-    run(function, len(total), [*numbers, one_and_nil(of_scale.dtype), chunk, *addresses(tensors), sum(sizes)])
+    run(
+        function,
+        len(total),
+        [*numbers, one_and_nil(of_scale.dtype), chunk, *addresses(tensors), sum(sizes), places, ties.data_ptr()],
+    )
     parts = total.sum(0).split(sizes)
     over_time = (None, None) if time0 is None else (parts[2].view(h, own), parts[3].view(own, h))
     over_channels = (None, None) if channel0 is None else (parts[4].view(k, channels), parts[5].view(k, channels).T)
-    of_mean, of_most = of_squeezed.unbind()
-    return Gradients(of_mean, of_most, parts[0], parts[1], Weights(*over_time, *over_channels))
+    each, share = of_squeezed.unbind()
+    return Gradients(each, share, parts[0], parts[1], Weights(*over_time, *over_channels))

@@ -75,7 +75,7 @@ class _Gate(torch.autograd.Function):
             ctx.space = most, *of_all
         # The weights are kept here although `excited` has them too: whoever changes one in between is told.
         ctx.save_for_backward(y, time0, time1, channel0, channel1, kernel, scale, shift, places)
-        ctx.small = squeezed.most, squeezed.ties, excited, norm and (norm.weight.detach(), *norm[2:])
+        ctx.small = squeezed.most, excited, norm and (norm.weight.detach(), *norm[2:])
         ctx.steps = steps
         ctx.set_materialize_grads(False)
         if own < steps:
@@ -90,9 +90,9 @@ class _Gate(torch.autograd.Function):
         ctx: Any, grad: Tensor | None, of_scale: Tensor | None, of_shift: Tensor | None, of_places: Tensor | None
     ) -> Any:
         y, _, _, _, _, kernel, scale, shift, places = ctx.saved_tensors
-        most_of_y, ties, excited, norm = ctx.small
+        most_of_y, excited, norm = ctx.small
         steps, own = ctx.steps, len(scale)
-        y, wide = kept(y), ties.dtype
+        y, wide = kept(y), scale.dtype
         # ---- the steps that are one, together
         of_scale, of_shift = (
             torch.zeros_like(scale) if k is None else k.sum(0, True) if own < steps else k for k in (of_scale, of_shift)
@@ -101,30 +101,30 @@ class _Gate(torch.autograd.Function):
         if places is not None and of_places is not None:
             most, mean, largest = ctx.space
             of_places = of_places.sum(0, True) if len(places) < steps else of_places
-            of_places = torch.ops.aten.sigmoid_backward(of_places, places)
-            of_mean, of_most, of_kernel = _convolve_backward(mean, largest, _as(kernel, wide), of_places)
+            of_mean, of_most, of_kernel = _convolve_backward(mean, largest, _as(kernel, wide), places, of_places)
             if len(mean) < own:
                 of_mean, of_most = (of_mean / own).expand_as(most).contiguous(), shared(of_most, most, largest, 0)
             each, share = of_mean.div_(y.shape[2]), torch.empty_like(most)
-            more = torch.empty_like(scale), torch.empty_like(shift)
-            expanded = y.expand(own, *y.shape[1:])
-            layout = layout_of(expanded)
-            squeezes(y).channels_backward(layout, expanded, scale, shift, (each, of_most, most), (share, *more))
+            so_far = of_scale.contiguous(), of_shift.contiguous()
+            of_scale, of_shift = torch.empty_like(scale), torch.empty_like(shift)
+            expanded, of_maps = y.expand(own, *y.shape[1:]), (each, of_most, most)
+            squeezes(y).channels_backward(
+                layout_of(expanded), expanded, scale, shift, so_far, of_maps, (share, of_scale, of_shift)
+            )
             spaced = each, share, most, scale, shift
-            of_scale, of_shift = of_scale + more[0], of_shift + more[1]
-        grads = _excitation(y).excite_backward(excited, of_scale, of_shift)
+        grads = _excitation(y).excite_backward(excited, of_scale, of_shift, math.prod(y.shape[3:]))
         # ---- the norm's statistics
-        constant, slope = grads.mean / math.prod(y.shape[3:]), torch.zeros_like(ties)
-        if norm is not None:
+        if norm is None:
+            k1, k2 = scale.new_zeros(2, y.shape[2])
+        else:
             weight, mean, var, batch = norm
             count = y.numel() // y.shape[2] if batch else None
             (_, k1, k2), of_weight, of_bias = chain(weight, mean, var, grads.scale, grads.shift, count)
-            constant, slope = constant + k1, slope + k2
         layout = layout_of(y)
         grad = layout.empty(y, steps).zero_() if grad is None else layout.dense(grad.to(y.dtype))
         out = layout.empty(y, len(y))
-        numbers = constant, slope, most_of_y, grads.most / ties
-        squeezes(y).squeeze_backward(layout, y, grad, tuple(_as(k, wide) for k in numbers), spaced, out)
+        numbers = tuple(_as(k, wide) for k in (k1, k2, grads.each, most_of_y, grads.share))
+        squeezes(y).squeeze_backward(layout, y, grad, numbers, spaced, out)
         return out, of_weight, of_bias, *grads.weights, of_kernel, None, None, None, None
 
 
@@ -146,16 +146,18 @@ def _convolve(mean: Tensor, most: Tensor, weight: Tensor) -> Tensor:
         return F.conv2d(_stacked(mean, most), weight, padding=weight.shape[-1] // 2).unflatten(0, mean.shape[:2])
 
 
-def _convolve_backward(mean: Tensor, most: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the two maps and of the kernel."""
+def _convolve_backward(
+    mean: Tensor, most: Tensor, weight: Tensor, gate: Tensor, grad: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the two maps and of the kernel, from that of the gate, the sigmoid of their convolution."""
     if engine_of(mean) == "numba":
         out = mean.new_empty(2, *mean.shape)
         maps = tuple(out.flatten(1, 3))
         of_weight = code("conv_numba").convolve_backward(
-            _flat(mean, most), weight[0].contiguous(), grad.contiguous().flatten(0, 2), maps
+            _flat(mean, most), weight[0].contiguous(), *_flat(gate, grad), maps
         )
         return *out, of_weight.unsqueeze(0)
-    padding = weight.shape[-1] // 2
+    grad, padding = torch.ops.aten.sigmoid_backward(grad, gate), weight.shape[-1] // 2
     images, of_weight, _ = torch.ops.aten.convolution_backward(
         grad.flatten(0, 1), _stacked(mean, most), weight, None,
         [1, 1], [padding, padding], [1, 1], False, [0, 0], 1, [True, True, False],

@@ -121,7 +121,7 @@ def reducing(function: Callable[..., Any]) -> Any:
 
 
 @inlined
-def prefetch(address: Any, size: int) -> None:
+def prefetch(address, size):  # type: ignore[no-untyped-def]
     """Ask for `size` bytes from an address on, which need not be ours, to be in the first cache soon."""
     for k in range(0, size, 64):
         _prefetch_line(address + k)
@@ -146,7 +146,7 @@ def four_sums(x0, x1, x2, x3, sums, stride, n, half):  # type: ignore[no-untyped
 
 
 @inlined
-def address(array: Any) -> Any:
+def address(array):  # type: ignore[no-untyped-def]
     """Where an array begins: an array read from there has no count of references, which loops would keep up.
 
     It is freed after the last use of its name, so that has to come after the last such reading.

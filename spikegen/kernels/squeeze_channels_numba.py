@@ -125,15 +125,14 @@ def _channels_backward(dtype: torch.dtype) -> Any:
         unit, nil = numbers[0], numbers[1]
         for job in range(begin, end):
             start = (job // R) * time_stride + (job % R) * row_stride
-            for k in range(2):
+            for k in range(4):
                 given = carray(pointer(a[10 + k] + job * C * wide_size, wide), C)
                 for i in range(C):
                     w[k * S + i] = given[i]
-                    w[(2 + k) * S + i] = nil
-            each = carray(pointer(a[12] + job * P * wide_size, wide), P)
-            grad_most = carray(pointer(a[13] + job * P * wide_size, wide), P)
-            most = carray(pointer(a[14] + job * P * wide_size, wide), P)
-            shares = carray(pointer(a[15] + job * P * wide_size, wide), P)
+            each = carray(pointer(a[14] + job * P * wide_size, wide), P)
+            grad_most = carray(pointer(a[15] + job * P * wide_size, wide), P)
+            most = carray(pointer(a[16] + job * P * wide_size, wide), P)
+            shares = carray(pointer(a[17] + job * P * wide_size, wide), P)
             at = a[9] + start * size
             for p in range(0, P, 4):
                 p1, p2, p3 = min(p + 1, P - 1), min(p + 2, P - 1), min(p + 3, P - 1)
@@ -152,7 +151,7 @@ def _channels_backward(dtype: torch.dtype) -> Any:
                     if ties[k] > unit:  # rare
                         _correct(x[k], w, C, largest[k], grads[k] / ties[k] - grads[k], nil)
             for k in range(2):
-                sums = carray(pointer(a[16 + k] + job * C * wide_size, wide), C)
+                sums = carray(pointer(a[18 + k] + job * C * wide_size, wide), C)
                 for i in range(C):
                     sums[i] = w[(2 + k) * S + i]
 
@@ -168,7 +167,16 @@ def channels(layout: Layout, y: Tensor, scale: Tensor, shift: Tensor, mean: Tens
 
 
 def channels_backward(
-    layout: Layout, y: Tensor, scale: Tensor, shift: Tensor, grads: tuple[Tensor, ...], out: tuple[Tensor, ...]
+    layout: Layout,
+    y: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    so_far: tuple[Tensor, Tensor],
+    grads: tuple[Tensor, ...],
+    out: tuple[Tensor, ...],
 ) -> None:
-    """`grads`: of the sum, of the largest, and that one itself; `out`: the latter's share, scale's and shift's."""
-    each_image(_channels_backward(y.dtype), layout, y, [y, scale, shift, *grads, *out])
+    """`so_far`: the gradients of scale and shift from elsewhere; `grads`: of the sum, of the largest, and that itself.
+
+    `out`: the share of each that is the largest, and the gradients of scale and shift.
+    """
+    each_image(_channels_backward(y.dtype), layout, y, [y, scale, shift, *so_far, *grads, *out])

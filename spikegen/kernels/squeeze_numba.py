@@ -86,7 +86,7 @@ def _squeeze_backward(dtype: torch.dtype, spaced: bool) -> Any:
     item, wide, wide_size, wide_np, size = wide_types(dtype)
     like = ONE[dtype]
     S = STRIDE
-    CONSTANT, SLOPE, MOST, SHARE, SCALE, SHIFT, TOTAL, ALL = range(8)
+    CONSTANT, MOST, SHARE, SLOPE, SCALE, SHIFT, TOTAL, ALL = range(8)
 
     def squeeze_backward(begin, end, context):  # type: ignore[no-untyped-def]
         a = carray(context, ARGUMENTS)
@@ -96,25 +96,29 @@ def _squeeze_backward(dtype: torch.dtype, spaced: bool) -> Any:
         nil = carray(pointer(a[7], wide), 2)[1]
         for job in range(begin, end):
             start = (job // R) * time_stride + (job % R) * row_stride
-            for k in range(4):
-                given = carray(pointer(a[11 + k] + job * C * wide_size, wide), C)
+            for k in range(3):
+                given = carray(pointer(a[13 + k] + job * C * wide_size, wide), C)
                 for i in range(C):
-                    w[k * S + i] = given[i]
+                    w[(CONSTANT + k) * S + i] = given[i]
+            k1, k2 = carray(pointer(a[11], wide), C), carray(pointer(a[12], wide), C)
+            for i in range(C):
+                w[CONSTANT * S + i] += k1[i]
+                w[SLOPE * S + i] = k2[i]
             for k in range(2 if own == 1 else 0):
-                given = carray(pointer(a[19 + k] + job * C * wide_size, wide), C)
+                given = carray(pointer(a[20 + k] + job * C * wide_size, wide), C)
                 for i in range(C):
                     w[(SCALE + k) * S + i] = given[i]
             for p in range(P):
                 x = carray(pointer(a[9] + (start + p * C) * size, item), C)
-                out = carray(pointer(a[15] + (job * P + p) * C * size, item), C)
+                out = carray(pointer(a[16] + (job * P + p) * C * size, item), C)
                 for s in range(steps):  # more than one are those of currents that serve all of them
                     pixel = (s * R + job) * P + p
                     g = carray(pointer(a[10] + pixel * C * size, item), C)
                     each, share, largest = nil, nil, nil
                     if spaced and s < own:
-                        each = carray(pointer(a[16] + pixel * wide_size, wide), 1)[0]
-                        share = carray(pointer(a[17] + pixel * wide_size, wide), 1)[0]
-                        largest = carray(pointer(a[18] + pixel * wide_size, wide), 1)[0]
+                        each = carray(pointer(a[17] + pixel * wide_size, wide), 1)[0]
+                        share = carray(pointer(a[18] + pixel * wide_size, wide), 1)[0]
+                        largest = carray(pointer(a[19] + pixel * wide_size, wide), 1)[0]
                     if steps == 1:
                         for i in range(C):
                             value = load(x[i])
@@ -129,8 +133,8 @@ def _squeeze_backward(dtype: torch.dtype, spaced: bool) -> Any:
                             before = w[TOTAL * S + i] if s > 0 else nil
                             w[TOTAL * S + i] = before + load(g[i])
                         if spaced and s < own:
-                            scale = carray(pointer(a[19] + (s * R + job) * C * wide_size, wide), C)
-                            shift = carray(pointer(a[20] + (s * R + job) * C * wide_size, wide), C)
+                            scale = carray(pointer(a[20] + (s * R + job) * C * wide_size, wide), C)
+                            shift = carray(pointer(a[21] + (s * R + job) * C * wide_size, wide), C)
                             for i in range(C):
                                 same = load(x[i]) * scale[i] + shift[i] == largest
                                 w[TOTAL * S + i] += (each + (share if same else nil)) * scale[i]
@@ -160,8 +164,9 @@ def squeeze_backward(
     spaced: tuple[Tensor, ...] | None,
     out: Tensor,
 ) -> None:
-    """Write the sum over steps of grad, + numbers[0] + numbers[1] Y, and + numbers[3] where Y is numbers[2].
+    """Write the sum over steps of grad, + k1 + k2 Y + each, and + share where Y is most.
 
+    `numbers` are (k1, k2 [C], each, most, share).
     With `spaced`, (each, share, most, scale, shift), + scale (each + share where scale Y + shift is most), of as many
     steps as grad has or one.
     """

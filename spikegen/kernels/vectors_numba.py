@@ -86,10 +86,10 @@ def _whole_total(_context: Any, address: Any, n: Any, dtype: Any) -> Any:
 
 
 @inlined
-def total(address: Any, n: Any, dtype: Any, size: int) -> Any:
+def total(address, n, dtype, size):  # type: ignore[no-untyped-def]
     """The sum of n numbers of a type, of `size` bytes each, from an address on."""
     whole = n // LANES * LANES
-    result: Any = _whole_total(address, whole, dtype)
+    result = _whole_total(address, whole, dtype)
     rest = carray(pointer(address + whole * size, dtype), n - whole)
     for i in range(n - whole):
         result += rest[i]
