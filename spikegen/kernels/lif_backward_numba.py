@@ -204,6 +204,7 @@ def backward_pass(
                             for k in range(tile):
                                 sums_of_places[k] = total(w_at + (CURRENT * S + k * m) * wide_size, m, wide, wide_size)
                         if write and not once:
+                            prefetch(a[14] + ((t * R + r) * P * L + place + L) * size, n * size)
                             out = carray(pointer(a[14] + ((t * R + r) * P * L + place) * size, item), n)
                             for i in range(n):
                                 out[i] = store(w[OUT * S + i], like)

@@ -28,6 +28,7 @@ from spikegen.kernels.numba_tools import (
     load,
     pixels_to_lanes,
     pointer,
+    prefetch,
     pool,
     run,
     store,
@@ -103,6 +104,9 @@ def _forward(dtype: torch.dtype, packed: bool, zero: bool, affine: bool, rated: 
                         count_t = carray(pointer(counts_at + t * S * wide_size, wide), S if rated else 0)
                         x = carray(pointer(a[9] + (t * time_stride + r * row_stride + place) * size, item), n)
                         s = carray(pointer(a[10] + ((t * R + r) * P * L + place) * size, item), 0 if packed else n)
+                        prefetch(a[9] + (t * time_stride + r * row_stride + place + L) * size, n * size)
+                        if not packed:
+                            prefetch(a[10] + ((t * R + r) * P * L + place + L) * size, n * size)
                         bit = np.uint8(1 << (t & 7))
                         if scaled:
                             scale = carray(pointer(scales_at + t * S * wide_size, wide), n)
