@@ -28,8 +28,8 @@ from spikegen.kernels.numba_tools import (
     load,
     pixels_to_lanes,
     pointer,
-    prefetch,
     pool,
+    prefetch,
     run,
     store,
 )
