@@ -41,7 +41,7 @@ def _gated(
             torch.manual_seed(0)
             model = build_model(config, CLASSES).to(setting.device).train()
             label = torch.arange(batch, device=setting.device) % len(CLASSES)
-            steps[kind] = training_step(model, config, images(model, batch), label, setting, bf16)
+            steps[kind] = training_step(model, config, images(model, batch), label, setting, bf16, whole=True)
         seconds = race(steps, setting)
         last, bare = kinds[-1], seconds["null"]
         case = f"training step of `{preset}` with {last}, batch {batch}, {'bf16' if bf16 else 'fp32'}"

@@ -1,16 +1,19 @@
 """Our models and their training steps, as the rows time them."""
 
+import math
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.timing import Setting, Work
 from spikegen.classifier import SpikingClassifier
 from spikegen.config import Config, LossesConfig, load_config
 from spikegen.graphs import WARM_UP, RecordedPass
+from spikegen.loop import MovingAverage
 from spikegen.objective import classifier_parts, loss_parts, total_loss
+from spikegen.phases import load_judge
 from spikegen.training import build_model
 from spikegen.vae import SpikingVAE
 
@@ -42,38 +45,45 @@ def training_step(
     label: Tensor | None,
     setting: Setting,
     bf16: bool,
+    whole: bool = False,
 ) -> Work:
-    """The step of `spikegen.training` less clipping and averaging: autocast around the forward pass, fused AdamW.
+    """The step of `spikegen train`: autocast around the forward pass, the network of a perceptual loss, fused AdamW.
 
-    On a CUDA device the passes are a recorded graph, as training's are.
+    With clipping and averaging too where `whole`, as what peers are compared with has none. On a CUDA device the passes
+    are a recorded graph, as training's are.
     """
+    settings, judge = config.training, load_judge(config, "training")
+    judge = judge and judge.to(setting.device)
+    average = MovingAverage(model, settings.ema) if whole else None
 
     def loss(image: Tensor, label: Tensor | None) -> Tensor:
-        spec = config.training.losses
+        spec = settings.losses
         with setting.autocast(bf16):
             output = model(image, label) if isinstance(model, SpikingVAE) else model(image)
         if isinstance(spec, LossesConfig):
-            return total_loss(loss_parts(output, image, label, spec))
+            return total_loss(loss_parts(output, image, label, spec, judge))
         assert label is not None
         return total_loss(classifier_parts(output, F.one_hot(label, len(model.classes)).float(), spec))
 
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.training.lr, fused=True)
-    if setting.device != "cuda":
-        return step(lambda: loss(image, label), optimizer)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, fused=True)
 
     def passes(image: Tensor, label: Tensor | None) -> dict[str, Tensor]:
         optimizer.zero_grad(set_to_none=True)
         value = loss(image, label)
         value.backward()
+        if whole:
+            nn.utils.clip_grad_norm_(model.parameters(), settings.clip or math.inf)
         return {"loss": value.detach()}
 
-    recorded = RecordedPass(passes, model.device)
+    recorded = RecordedPass(passes, model.device) if setting.device == "cuda" else passes
 
     def work() -> None:
         recorded(image, label)
         optimizer.step()
+        if average is not None:
+            average.update_parameters(model)
 
-    for _ in range(WARM_UP + 1):  # it is recorded here
+    for _ in range(WARM_UP + 1 if setting.device == "cuda" else 0):  # it is recorded here
         work()
     return work
 
