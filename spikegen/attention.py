@@ -1,15 +1,14 @@
 """Temporal-channel joint attention (TCJA) and its ablations, on a whole spike train."""
 
-import functools
 from typing import Annotated, Literal
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
 from spikegen.kernels.gating import gated
+from spikegen.kernels.joint_gate import joint_gate
 from spikegen.multi_attention import MASpec
 from spikegen.spec import Spec, UserError, default_kind
 
@@ -125,26 +124,11 @@ class TCJA(nn.Module):
     def gate(self, x: Float[Tensor, "T B C *hw"]) -> Float[Tensor, "T B C"]:
         """F of the paper's equation, in (0, 1), times `gain`."""
         z = x.flatten(3).mean(-1) if x.dim() > 3 else x
-        with torch.autocast(z.device.type, enabled=False):  # so small products take longer in bfloat16
-            return self._gate(z.to(next(self.parameters()).dtype))
-
-    def _gate(self, z: Tensor) -> Tensor:
-        maps = []  # convolutions as products of matrices: so small ones take half as long again in oneDNN
-        if self.tla is not None:
-            weight, kernel = self.tla.weight.transpose(1, 2), self.tla.weight.shape[-1]
-            ahead = 0 if self.causal else kernel // 2
-            padded = F.pad(z, (0, 0, 0, 0, kernel - 1 - ahead, ahead))
-            shifted = torch.cat([padded[k : k + len(z)] for k in range(kernel)], -1)  # [T, B, K_T C]
-            maps.append(F.linear(shifted, weight.flatten(1)))
-        if self.cla is not None:
-            weight, kernel = self.cla.weight * self.mask, self.cla.weight.shape[-1]
-            right = kernel // 2
-            padded = F.pad(z, (kernel - 1 - right, right))
-            shifted = torch.stack([padded[..., k : k + z.shape[2]] for k in range(kernel)], 1)  # [T, K_C, B, C]
-            maps.append((weight.flatten(1) @ shifted.flatten(0, 1).flatten(1)).unflatten(1, z.shape[1:]))
-        fuse = torch.mul if self.fusion == "product" else torch.add
-        joint = functools.reduce(fuse, maps)
-        return joint.sigmoid() if self.gain == 1 else self.gain * joint.sigmoid()
+        time = None if self.tla is None else self.tla.weight
+        channel = None if self.cla is None else self.cla.weight * self.mask if self.causal else self.cla.weight
+        ahead = 0 if time is None or self.causal else time.shape[2] // 2
+        joint = joint_gate(z.to(next(self.parameters()).dtype), time, channel, ahead, self.fusion == "product")
+        return joint if self.gain == 1 else self.gain * joint
 
     def extra_repr(self) -> str:
         """The parts that the sub-modules do not show."""

@@ -95,6 +95,27 @@ def test_the_papers_equations(steps, channels, kernel, causal):
             torch.testing.assert_close(block(x)[:, b], x[:, b] * gate[:, :, None, None])
 
 
+@pytest.mark.parametrize(
+    ("steps", "channels", "kernels"), [(3, 2, (4, 4)), (2, 3, (3, 2)), (1, 1, (1, 5)), (5, 2, (2, 1))]
+)
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_gates_gradients(steps, channels, kernels, causal):
+    """Of TCJA, its sum, and each branch alone, with kernels longer than what they go along."""
+    z = torch.rand(steps, 2, channels, dtype=torch.float64, requires_grad=True)
+    for spec in (
+        TCJASpec(kernel_t=kernels[0], kernel_c=kernels[1], causal=causal, gain=1.5),
+        TCJASpec(kernel_t=kernels[0], kernel_c=kernels[1], causal=causal, fusion="sum"),
+        TLASpec(kernel_t=kernels[0], causal=causal),
+        CLASpec(kernel_c=kernels[1], causal=causal),
+    ):
+        block = spec.build(steps, channels).double()
+        # gradcheck changes the weights themselves
+        assert torch.autograd.gradcheck(lambda z, *_, block=block: block.gate(z), (z, *block.parameters()))
+        (once,) = torch.autograd.grad(block.gate(z).square().sum(), z, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):  # rather than a wrong second derivative
+            once.sum().backward()
+
+
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @pytest.mark.parametrize(("kernel_t", "kernel_c"), [(4, 4), (4, 2), (2, 4), (3, 2), (1, 4)])
 def test_the_published_code_with_its_names_crossed(kernel_t, kernel_c):

@@ -22,7 +22,7 @@ def test_attention_is_measured_beside_the_same_network_without(monkeypatch: pyte
     """
     kinds = []
 
-    def recorded(model: Any, *_: Any) -> Work:
+    def recorded(model: Any, *_: Any, **__: Any) -> Work:
         kinds.append(model.config.attention and model.config.attention.kind)
         return lambda: sum(range(1000))
 
