@@ -75,10 +75,10 @@ def training_step(
             nn.utils.clip_grad_norm_(model.parameters(), settings.clip or math.inf)
         return {"loss": value.detach()}
 
-    recorded = RecordedPass(passes, model.device) if setting.device == "cuda" else passes
+    both_ways = RecordedPass(passes, model.device) if setting.device == "cuda" else passes
 
     def work() -> None:
-        recorded(image, label)
+        both_ways(image, label)
         optimizer.step()
         if average is not None:
             average.update_parameters(model)

@@ -109,6 +109,7 @@ def test_the_gates_gradients(steps, channels, kernels, causal):
         CLASpec(kernel_c=kernels[1], causal=causal),
     ):
         block = spec.build(steps, channels).double()
+        assert block.gate(z[:, :0]).shape == (steps, 0, channels)
         # gradcheck changes the weights themselves
         assert torch.autograd.gradcheck(lambda z, *_, block=block: block.gate(z), (z, *block.parameters()))
         (once,) = torch.autograd.grad(block.gate(z).square().sum(), z, create_graph=True)

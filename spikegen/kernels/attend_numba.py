@@ -12,24 +12,17 @@ import torch
 from numba import carray
 from torch import Tensor
 
-from spikegen.kernels.images_numba import MAX_CHANNELS, each_image, wide_types
+from spikegen.kernels.images_numba import CHANNELS_STRIDE, each_image, wide_types
 from spikegen.kernels.layout import Layout
-from spikegen.kernels.numba_tools import ARGUMENTS, ONE, compiled, load, pointer, reducing, store
-
-
-@reducing
-def _total(values: Any, n: int, nil: Any) -> Any:
-    total = nil
-    for i in range(n):
-        total += values[i]
-    return total
+from spikegen.kernels.numba_tools import ARGUMENTS, ONE, address, compiled, load, pointer, store
+from spikegen.kernels.vectors_numba import total
 
 
 @functools.cache
 def _attend(dtype: torch.dtype, spaced: bool, relu: bool) -> Any:
     item, wide, wide_size, wide_np, size = wide_types(dtype)
     like = ONE[dtype]
-    W = MAX_CHANNELS
+    W = CHANNELS_STRIDE
 
     def attend(begin, end, context):  # type: ignore[no-untyped-def]
         a = carray(context, ARGUMENTS)
@@ -63,12 +56,13 @@ def _attend(dtype: torch.dtype, spaced: bool, relu: bool) -> Any:
 def _attend_backward(dtype: torch.dtype, spaced: bool, relu: bool) -> Any:
     item, wide, wide_size, wide_np, size = wide_types(dtype)
     like = ONE[dtype]
-    W = MAX_CHANNELS
+    W = CHANNELS_STRIDE
 
     def attend_backward(begin, end, context):  # type: ignore[no-untyped-def]
         a = carray(context, ARGUMENTS)
         R, P, C, time_stride, row_stride = a[1], a[2], a[3], a[4], a[5]
         w = np.empty(6 * W, wide_np)  # scale, shift, their gradients, dL/dX, its product with what was gated
+        w_at = address(w)
         numbers = carray(pointer(a[7], wide), 2)
         unit, nil = numbers[0], numbers[1]
         for job in range(begin, end):
@@ -80,7 +74,6 @@ def _attend_backward(dtype: torch.dtype, spaced: bool, relu: bool) -> Any:
                     w[(2 + k) * W + i] = nil
             gates = carray(pointer(a[12] + (job * P * wide_size if spaced else 0), wide), P if spaced else 1)
             grad_gates = carray(pointer(a[13] + (job * P * wide_size if spaced else 0), wide), P if spaced else 1)
-            products = w[5 * W : 6 * W]
             for p in range(P):
                 x = carray(pointer(a[9] + (start + p * C) * size, item), C)
                 g = carray(pointer(a[14] + (job * P + p) * C * size, item), C)
@@ -93,7 +86,7 @@ def _attend_backward(dtype: torch.dtype, spaced: bool, relu: bool) -> Any:
                         if relu:
                             grad = grad if value > nil else nil
                         if spaced:
-                            products[i] = grad * value
+                            w[5 * W + i] = grad * value
                             grad = grad * gate
                     w[4 * W + i] = grad
                 for i in range(C):
@@ -102,7 +95,7 @@ def _attend_backward(dtype: torch.dtype, spaced: bool, relu: bool) -> Any:
                     w[3 * W + i] += grad
                     out[i] = store(grad * w[i], like)
                 if spaced:
-                    grad_gates[p] = _total(products, C, nil)
+                    grad_gates[p] = total(w_at + 5 * W * wide_size, C, wide, wide_size)
             for k in range(2):
                 sums = carray(pointer(a[16 + k] + job * C * wide_size, wide), C)
                 for i in range(C):

@@ -16,7 +16,7 @@ from spikegen.kernels.numba_tools import ITEM, addresses, one_and_nil, run
 MAX_CHANNELS = 2048
 """What the scratch holds."""
 
-STRIDE = MAX_CHANNELS + 48
+CHANNELS_STRIDE = MAX_CHANNELS + 48
 """From one part of the scratch to the next: no multiple of 4 KiB, at which the first cache takes one for another."""
 
 

@@ -26,6 +26,10 @@ def joint_gate(
     TLA convolves along time, and its last `ahead` taps look at later steps; CLA convolves along channels, and of an
     even kernel one more tap looks right (arXiv 2206.10177, section 1.1).
     """
+    if time is not None:  # less the taps that see nothing but padding
+        before, most = time.shape[2] - 1 - ahead, len(z) - 1
+        time = time[..., max(0, before - most) : time.shape[2] - max(0, ahead - most)]
+        ahead = min(ahead, most)
     result: Tensor = _JointGate.apply(z, time, channel, ahead, product)
     return result
 
@@ -71,7 +75,7 @@ class _JointGate(torch.autograd.Function):
 
 def _along_time(z: Tensor, weight: Tensor, before: int, after: int) -> Tensor:
     """The convolution with `weight`, [C, k C], its taps in the order of the steps."""
-    return F.linear(_steps(z, before, after), weight).view(*z.shape[:2], -1)
+    return F.linear(_steps(z, before, after), weight).view_as(z)
 
 
 def _along_channels(z: Tensor, weight: Tensor, left: int, right: int) -> Tensor:
@@ -81,11 +85,11 @@ def _along_channels(z: Tensor, weight: Tensor, left: int, right: int) -> Tensor:
 
 def _steps(z: Tensor, before: int, after: int) -> Tensor:
     """[T B, k C]: every step's neighbours in time, zeros where there are none."""
-    padded = F.pad(z, (0, 0, 0, 0, before, after))
-    return torch.cat([padded[k : k + len(z)] for k in range(before + after + 1)], -1).flatten(0, 1)
+    near = F.pad(z, (0, 0, 0, 0, before, after)).unfold(0, before + after + 1, 1)  # [T, B, C, k]
+    return near.transpose(2, 3).flatten(2).flatten(0, 1)
 
 
 def _places(z: Tensor, left: int, right: int) -> Tensor:
     """[T k, B C]: every channel's neighbours, tap by tap."""
-    padded = F.pad(z, (left, right))
-    return torch.stack([padded[..., k : k + z.shape[2]] for k in range(left + right + 1)], 1).flatten(2).flatten(0, 1)
+    near = F.pad(z, (left, right)).unfold(2, left + right + 1, 1)  # [T, B, C, k]
+    return near.permute(0, 3, 1, 2).flatten(2).flatten(0, 1)

@@ -64,7 +64,7 @@ def backward_pass(
     wide_np = np.float64 if dtype == torch.float64 else np.float32
     like = one
     W, S = WIDTH, STRIDE
-    # Places in the scratch, in widths. All in one array, and the work cut into short loops over few pointers: LLVM
+    # Places in the scratch, in strides. All in one array, and the work cut into short loops over few pointers: LLVM
     # vectorises a loop only where it can tell at once that what it writes is not what it reads.
     SCALE, SHIFT, BETA, THRESHOLD, K1, K2, STATE, TOTAL, SUM_X, SUM, SUM_BETA, SUM_THRESHOLD = range(12)
     G, X, OUT, CURRENT, GATE, ALL = range(12, 18)
@@ -188,12 +188,11 @@ def backward_pass(
                             shift = carray(pointer(scales_at + (T + t) * S * wide_size, wide), n)
                             of_scale = carray(pointer(image_sums_at + t * S * wide_size, wide), n)
                             of_shift = carray(pointer(image_sums_at + (T + t) * S * wide_size, wide), n)
+                            if placed:
+                                for i in range(n):
+                                    w[CURRENT * S + i] = w[OUT * S + i] * (w[X * S + i] * scale[i] + shift[i])
                             for i in range(n):
-                                upstream = w[OUT * S + i]
-                                w[CURRENT * S + i] = upstream * (w[X * S + i] * scale[i] + shift[i])
-                                w[OUT * S + i] = upstream * w[GATE * S + i]
-                            for i in range(n):
-                                grad = w[OUT * S + i]
+                                grad = w[OUT * S + i] * w[GATE * S + i]
                                 of_scale[i] += grad * w[X * S + i]
                                 of_shift[i] += grad
                                 w[OUT * S + i] = grad * scale[i]

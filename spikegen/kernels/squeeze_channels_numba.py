@@ -12,7 +12,7 @@ import torch
 from numba import carray
 from torch import Tensor
 
-from spikegen.kernels.images_numba import STRIDE, each_image, wide_types
+from spikegen.kernels.images_numba import CHANNELS_STRIDE, each_image, wide_types
 from spikegen.kernels.layout import Layout
 from spikegen.kernels.numba_tools import ARGUMENTS, compiled, inlined, load, ordered, pointer, reducing
 
@@ -30,7 +30,7 @@ def _sums_and_largest(x, w, n, nil, least):  # type: ignore[no-untyped-def]
     s0 = s1 = s2 = s3 = s4 = s5 = s6 = s7 = nil
     m0 = m1 = m2 = m3 = m4 = m5 = m6 = m7 = least
     for i in range(n):
-        scale, shift = w[i], w[STRIDE + i]
+        scale, shift = w[i], w[CHANNELS_STRIDE + i]
         v0, v1 = load(x0[i]) * scale + shift, load(x1[i]) * scale + shift
         v2, v3 = load(x2[i]) * scale + shift, load(x3[i]) * scale + shift
         v4, v5 = load(x4[i]) * scale + shift, load(x5[i]) * scale + shift
@@ -50,7 +50,7 @@ def _add_gradients(x, w, n, largest, each, most, unit, nil):  # type: ignore[no-
     s0, s1, s2, s3 = most
     t0 = t1 = t2 = t3 = nil
     for i in range(n):
-        scale, shift = w[i], w[STRIDE + i]
+        scale, shift = w[i], w[CHANNELS_STRIDE + i]
         v0, v1, v2, v3 = load(x0[i]), load(x1[i]), load(x2[i]), load(x3[i])
         same0, same1 = v0 * scale + shift == l0, v1 * scale + shift == l1
         same2, same3 = v2 * scale + shift == l2, v3 * scale + shift == l3
@@ -60,8 +60,8 @@ def _add_gradients(x, w, n, largest, each, most, unit, nil):  # type: ignore[no-
         t3 += unit if same3 else nil
         g0, g1 = e0 + (s0 if same0 else nil), e1 + (s1 if same1 else nil)
         g2, g3 = e2 + (s2 if same2 else nil), e3 + (s3 if same3 else nil)
-        w[2 * STRIDE + i] += (g0 * v0 + g1 * v1) + (g2 * v2 + g3 * v3)
-        w[3 * STRIDE + i] += (g0 + g1) + (g2 + g3)
+        w[2 * CHANNELS_STRIDE + i] += (g0 * v0 + g1 * v1) + (g2 * v2 + g3 * v3)
+        w[3 * CHANNELS_STRIDE + i] += (g0 + g1) + (g2 + g3)
     return t0, t1, t2, t3
 
 
@@ -70,16 +70,16 @@ def _correct(x, w, n, largest, extra, nil):  # type: ignore[no-untyped-def]
     """Add to those gradients what is wrong where a pixel's channels share the largest."""
     for i in range(n):
         value = load(x[i])
-        g = extra if value * w[i] + w[STRIDE + i] == largest else nil
-        w[2 * STRIDE + i] += g * value
-        w[3 * STRIDE + i] += g
+        g = extra if value * w[i] + w[CHANNELS_STRIDE + i] == largest else nil
+        w[2 * CHANNELS_STRIDE + i] += g * value
+        w[3 * CHANNELS_STRIDE + i] += g
 
 
 @functools.cache
 def _channels(dtype: torch.dtype) -> Any:
     item, wide, wide_size, wide_np, size = wide_types(dtype)
     least: Any = np.iinfo(np.int64).min if dtype == torch.float64 else np.int32(np.iinfo(np.int32).min)
-    S = STRIDE
+    S = CHANNELS_STRIDE
 
     def channels(begin, end, context):  # type: ignore[no-untyped-def]
         a = carray(context, ARGUMENTS)
@@ -115,7 +115,7 @@ def _channels(dtype: torch.dtype) -> Any:
 @functools.cache
 def _channels_backward(dtype: torch.dtype) -> Any:
     item, wide, wide_size, wide_np, size = wide_types(dtype)
-    S = STRIDE
+    S = CHANNELS_STRIDE
 
     def channels_backward(begin, end, context):  # type: ignore[no-untyped-def]
         a = carray(context, ARGUMENTS)

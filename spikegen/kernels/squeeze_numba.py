@@ -8,7 +8,7 @@ import torch
 from numba import carray, types
 from torch import Tensor
 
-from spikegen.kernels.images_numba import MAX_CHANNELS, STRIDE, each_image, wide_types
+from spikegen.kernels.images_numba import CHANNELS_STRIDE, MAX_CHANNELS, each_image, wide_types
 from spikegen.kernels.layout import Layout
 from spikegen.kernels.numba_tools import ARGUMENTS, ONE, compiled, four_sums, load, pointer, store
 from spikegen.kernels.squeeze_channels_numba import channels, channels_backward
@@ -20,7 +20,7 @@ __all__ = ["MAX_CHANNELS", "channels", "channels_backward", "squeeze", "squeeze_
 def _squeeze(dtype: torch.dtype) -> Any:
     item, wide, wide_size, wide_np, size = wide_types(dtype)
     half = dtype == torch.bfloat16
-    S = STRIDE
+    S = CHANNELS_STRIDE
     MOST, TIES, SIGN, ALL = range(4)
 
     def squeeze(begin, end, context):  # type: ignore[no-untyped-def]
@@ -85,7 +85,7 @@ def _squeeze(dtype: torch.dtype) -> Any:
 def _squeeze_backward(dtype: torch.dtype, spaced: bool) -> Any:
     item, wide, wide_size, wide_np, size = wide_types(dtype)
     like = ONE[dtype]
-    S = STRIDE
+    S = CHANNELS_STRIDE
     CONSTANT, MOST, SHARE, SLOPE, SCALE, SHIFT, TOTAL, ALL = range(8)
 
     def squeeze_backward(begin, end, context):  # type: ignore[no-untyped-def]
