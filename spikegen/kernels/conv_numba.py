@@ -27,7 +27,7 @@ def _sizes(H, W, K):  # type: ignore[no-untyped-def]
     """(a padded row, numbers of a remainder's rows of the result, of a padded map with what the loops touch beyond)."""
     wide, rows = W + K - 1, (H + ROWS - 1) // ROWS
     n = (rows * wide + LANES - 1) // LANES * LANES
-    return wide, n, n + (K + 2) // ROWS * wide + K
+    return wide, n, n + (K + ROWS - 2) // ROWS * wide + K
 
 
 @inlined
@@ -57,14 +57,7 @@ def _correlate(x, longer, weight, out, n, wide, K, taps, size, dtype):  # type: 
             read = x + (q % ROWS * longer + q // ROWS * wide + b) * size
             row = weight + ((q - first) * K + b) * size
             written = out + first * n * size
-            if last - first == 3:
-                add_taps(written, n, read, row, n, taps, K, 4, dtype)
-            elif last - first == 2:
-                add_taps(written, n, read, row, n, taps, K, 3, dtype)
-            elif last - first == 1:
-                add_taps(written, n, read, row, n, taps, K, 2, dtype)
-            else:
-                add_taps(written, n, read, row, n, taps, K, 1, dtype)
+            add_taps(written, n, read, row, n, taps, K, last - first + 1, dtype)
 
 
 @inlined
@@ -76,14 +69,7 @@ def _multiply(x, longer, y, sums, n, wide, K, taps, size, dtype):  # type: ignor
             read = x + (q % ROWS * longer + q // ROWS * wide + b) * size
             grads = y + first * n * size
             row = sums + ((q - first) * K + b) * LANES * size
-            if last - first == 3:
-                add_products(row, read, grads, n, n, taps, K, 4, dtype)
-            elif last - first == 2:
-                add_products(row, read, grads, n, n, taps, K, 3, dtype)
-            elif last - first == 1:
-                add_products(row, read, grads, n, n, taps, K, 2, dtype)
-            else:
-                add_products(row, read, grads, n, n, taps, K, 1, dtype)
+            add_products(row, read, grads, n, n, taps, K, last - first + 1, dtype)
 
 
 @functools.cache

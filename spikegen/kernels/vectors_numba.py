@@ -68,6 +68,12 @@ class _Vectors:
         function = cgutils.get_or_insert_function(self.builder.module, kind, name)
         return self.builder.call(function, [self.number(0.0), self.builder.load(variable)], fastmath=("reassoc",))
 
+    def each_count(self, rows: Any, write: Callable[[int], None]) -> None:
+        """What `write` writes for the number of rows that there turn out to be, 1 to ROWS."""
+        for count in range(1, ROWS + 1):
+            with self.builder.if_then(self.builder.icmp_signed("==", rows, rows.type(count))):
+                write(count)
+
     def loop(self, n: Any, body: Callable[[Any], None]) -> None:
         """`body` of the index of every vector's first number."""
         with cgutils.for_range_slice(self.builder, n.type(0), n, n.type(LANES)) as (i, _):
@@ -102,33 +108,37 @@ def add_taps(
 ) -> Any:
     """out[r step + i] += sum over b < taps of weight[b - r width] x[i + b], for r < rows; n is a multiple of LANES.
 
-    `out`, `x` and `weight` are addresses, `taps` and `rows` known when it is compiled.
+    `out`, `x` and `weight` are addresses, `taps` is known when it is compiled, and there are 1 to ROWS rows.
     """
-    T, R = taps.literal_value, rows.literal_value
+    T = taps.literal_value
 
     def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        out, step, x, weight, n, _, width, *_ = args
+        out, step, x, weight, n, _, width, rows, _ = args
         vectors, word = _Vectors(context, builder, dtype), n.type
-        before = [builder.mul(width, word(-r)) for r in range(R)]
-        weights = [[vectors.repeated(weight, builder.add(k, word(b))) for b in range(T)] for k in before]
-        starts = [builder.mul(step, word(r)) for r in range(R)]
 
-        def body(i: Any) -> None:
-            places = [builder.add(start, i) for start in starts]
-            sums = [vectors.load(out, place) for place in places]
-            for b in range(T):
-                value = vectors.load(x, builder.add(i, word(b)))
+        def write(R: int) -> None:
+            before = [builder.mul(width, word(-r)) for r in range(R)]
+            weights = [[vectors.repeated(weight, builder.add(k, word(b))) for b in range(T)] for k in before]
+            starts = [builder.mul(step, word(r)) for r in range(R)]
+
+            def body(i: Any) -> None:
+                places = [builder.add(start, i) for start in starts]
+                sums = [vectors.load(out, place) for place in places]
+                for b in range(T):
+                    value = vectors.load(x, builder.add(i, word(b)))
+                    for r in range(R):
+                        product = builder.fmul(value, weights[r][b], flags=_CONTRACT)
+                        sums[r] = builder.fadd(sums[r], product, flags=_CONTRACT)
                 for r in range(R):
-                    product = builder.fmul(value, weights[r][b], flags=_CONTRACT)
-                    sums[r] = builder.fadd(sums[r], product, flags=_CONTRACT)
-            for r in range(R):
-                vectors.store(sums[r], out, places[r])
+                    vectors.store(sums[r], out, places[r])
 
-        vectors.loop(n, body)
+            vectors.loop(n, body)
+
+        vectors.each_count(rows, write)
         return context.get_dummy_value()
 
     integers = (types.int64,) * 5
-    return types.none(*integers, taps, types.int64, rows, dtype), generate
+    return types.none(*integers, taps, types.int64, types.int64, dtype), generate
 
 
 @intrinsic(prefer_literal=True)
@@ -139,28 +149,32 @@ def add_products(
 
     Their lanes are still to be added up; otherwise as `add_taps`.
     """
-    T, R = taps.literal_value, rows.literal_value
+    T = taps.literal_value
 
     def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        sums, x, y, step, n, _, width, *_ = args
+        sums, x, y, step, n, _, width, rows, _ = args
         vectors, word = _Vectors(context, builder, dtype), n.type
-        starts = [builder.mul(step, word(r)) for r in range(R)]
-        before = [builder.mul(width, word(-r)) for r in range(R)]
-        places = [[builder.mul(builder.add(k, word(b)), word(LANES)) for b in range(T)] for k in before]
-        variables = [[vectors.variable(vectors.load(sums, place)) for place in row] for row in places]
 
-        def body(i: Any) -> None:
-            rows = [vectors.load(y, builder.add(start, i)) for start in starts]
-            for b in range(T):
-                value = vectors.load(x, builder.add(i, word(b)))
-                for r in range(R):
-                    vectors.add(variables[r][b], value, rows[r])
+        def write(R: int) -> None:
+            starts = [builder.mul(step, word(r)) for r in range(R)]
+            before = [builder.mul(width, word(-r)) for r in range(R)]
+            places = [[builder.mul(builder.add(k, word(b)), word(LANES)) for b in range(T)] for k in before]
+            variables = [[vectors.variable(vectors.load(sums, place)) for place in row] for row in places]
 
-        vectors.loop(n, body)
-        for row, variables_r in zip(places, variables, strict=True):
-            for place, variable in zip(row, variables_r, strict=True):
-                vectors.store(builder.load(variable), sums, place)
+            def body(i: Any) -> None:
+                grads = [vectors.load(y, builder.add(start, i)) for start in starts]
+                for b in range(T):
+                    value = vectors.load(x, builder.add(i, word(b)))
+                    for r in range(R):
+                        vectors.add(variables[r][b], value, grads[r])
+
+            vectors.loop(n, body)
+            for row, variables_r in zip(places, variables, strict=True):
+                for place, variable in zip(row, variables_r, strict=True):
+                    vectors.store(builder.load(variable), sums, place)
+
+        vectors.each_count(rows, write)
         return context.get_dummy_value()
 
     integers = (types.int64,) * 5
-    return types.none(*integers, taps, types.int64, rows, dtype), generate
+    return types.none(*integers, taps, types.int64, types.int64, dtype), generate
