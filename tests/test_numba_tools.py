@@ -1,5 +1,7 @@
 """What numba compiles is kept, and found again if nothing that it is made of has changed."""
 
+import ast
+import importlib
 import os
 import subprocess
 import sys
@@ -29,6 +31,21 @@ def test_what_other_helpers_were_inlined_into_is_not_taken(tmp_path: Path, monke
         compile_one()
         kept.append(set(tmp_path.rglob("*.nbc")))
     assert [len(files) for files in kept] == [1, 1, 2]
+
+
+def test_each_file_that_passes_are_made_of_is_looked_at() -> None:
+    """What a pass takes from another file, a helper or a constant, is compiled into it."""
+    folder = Path(numba_tools.__file__).parent
+    helper = type(numba_tools.pointer), type(numba_tools.prefetch)
+    taken = set()
+    for file in folder.glob("*_numba.py"):
+        module = importlib.import_module(f"spikegen.kernels.{file.stem}")
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("spikegen.kernels."):
+                values = [(alias.name, vars(module)[alias.asname or alias.name]) for alias in node.names]
+                if any(name.isupper() or isinstance(x, helper) for name, x in values):
+                    taken.add(f"{str(node.module).rsplit('.', 1)[1]}.py")
+    assert taken == set(numba_tools._INLINED)
 
 
 def test_the_largest_float_is_the_largest_integer() -> None:
